@@ -1,0 +1,3 @@
+"""The command line: a small file per command."""
+
+from .main import main as main

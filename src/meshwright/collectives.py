@@ -1,0 +1,166 @@
+"""The only file that calls JAX's collectives.
+
+Every function here works on one device's positional array inside a region and takes the mesh axes it speaks over. The
+gradients are JAX's own: each array's type says over which axes it varies between devices (``check_vma=True``), and a
+collective's transpose follows from the types.
+
+==================  =====================  ==================  =====================
+function            communicates           type of the result  in the backward pass
+==================  =====================  ==================  =====================
+``vary``            nothing                varying             all-reduce
+``all_sum``         all-reduce             equal everywhere    nothing
+``sum_scatter``     reduce-scatter         varying             all-gather
+``gather``          all-gather             varying             reduce-scatter
+``gather_equal``    all-gather             equal everywhere    slice
+``own_slice``       nothing                varying             (by its index)
+``exchange``        all-to-all             varying             all-to-all
+``permute``         point to point         varying             point to point
+==================  =====================  ==================  =====================
+
+``axes`` is a tuple of axis names; several axes act as one long axis, the first the slowest.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+Array = jax.Array
+Axes = tuple[str, ...]
+
+
+def varies_over(x: Any) -> frozenset[str]:
+    """The axes over which the devices hold different values of ``x``, by its type."""
+    return jax.typeof(x).manual_axis_type.varying  # type: ignore[no-any-return]
+
+
+def _ordered(axes: Sequence[str] | frozenset[str]) -> Axes:
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(a for a in mesh.axis_names if a in axes)
+
+
+def vary(x: Array, axes: frozenset[str]) -> Array:
+    """Let ``x`` vary over ``axes`` too. No data moves; the gradient is summed over the axes added."""
+    missing = axes - varies_over(x)
+    return lax.pcast(x, _ordered(missing), to="varying") if missing else x
+
+
+def index(axes: Axes) -> Array:
+    """This device's position along ``axes``: an int32 scalar."""
+    return lax.axis_index(axes)
+
+
+def all_sum(x: Array, axes: Axes, dtype: str | None = None) -> Array:
+    """The sum over the devices along ``axes``, taken in ``dtype`` when one is given."""
+    x = vary(x, frozenset(axes))
+    return _in_dtype(lambda y: lax.psum(y, axes), x, dtype)
+
+
+def sum_scatter(x: Array, axes: Axes, dim: int, dtype: str | None = None) -> Array:
+    """The sum over the devices along ``axes``, of which each keeps its slice along position ``dim``."""
+    x = vary(x, frozenset(axes))
+    return _in_dtype(lambda y: lax.psum_scatter(y, axes, scatter_dimension=dim, tiled=True), x, dtype)
+
+
+def _in_dtype(collective: Any, x: Array, dtype: str | None) -> Array:
+    if dtype is None or x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        return collective(x)  # type: ignore[no-any-return]
+    return collective(x.astype(dtype)).astype(x.dtype)  # type: ignore[no-any-return]
+
+
+def all_max(x: Array, axes: Axes) -> Array:
+    """The greatest over the devices along ``axes``. Has no gradient: callers stop it or state theirs."""
+    return lax.pmax(vary(x, frozenset(axes)), axes)
+
+
+def all_min(x: Array, axes: Axes) -> Array:
+    """The least over the devices along ``axes``. Has no gradient: callers stop it or state theirs."""
+    return lax.pmin(vary(x, frozenset(axes)), axes)
+
+
+def gather(x: Array, axes: Axes, dim: int, sums: str | None = None) -> Array:
+    """Join the devices' slices along position ``dim``; the backward pass reduce-scatters, in ``sums`` if given."""
+    x = vary(x, frozenset(axes))
+    if sums is None or x.dtype == sums or not jnp.issubdtype(x.dtype, jnp.floating):
+        return lax.all_gather(x, axes, axis=dim, tiled=True)
+    return _gather_wide(x, axes, dim, sums)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_wide(x: Array, axes: Axes, dim: int, sums: str) -> Array:
+    """A gather whose gradient is summed in a wider dtype than it moved in: no transpose of JAX's says that."""
+    return lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def _gather_wide_forward(x: Array, axes: Axes, dim: int, sums: str) -> tuple[Array, None]:
+    return _gather_wide(x, axes, dim, sums), None
+
+
+def _gather_wide_backward(axes: Axes, dim: int, sums: str, _: None, g: Array) -> tuple[Array]:
+    return (sum_scatter(g, axes, dim, sums),)
+
+
+_gather_wide.defvjp(_gather_wide_forward, _gather_wide_backward)
+
+
+def gather_equal(x: Array, axes: Axes, dim: int) -> Array:
+    """Join the devices' slices along position ``dim`` into a value that counts as equal everywhere."""
+    x = vary(x, frozenset(axes))
+    return lax.all_gather(x, axes, axis=dim, tiled=True, to="invarying")
+
+
+def own_slice(x: Array, axes: Axes, dim: int, num: int) -> Array:
+    """This device's slice of ``x`` along position ``dim``, when ``num`` devices along ``axes`` share it out."""
+    size = x.shape[dim] // num
+    x = vary(x, frozenset(axes))
+    return lax.dynamic_slice_in_dim(x, index(axes) * size, size, dim)
+
+
+def exchange(x: Array, axes: Axes, split_dim: int, join_dim: int) -> Array:
+    """All-to-all: from split along position ``join_dim`` to split along position ``split_dim``."""
+    x = vary(x, frozenset(axes))
+    return lax.all_to_all(x, axes, split_dim, join_dim, tiled=True)
+
+
+def permute(x: Array, axes: Axes, pairs: Sequence[tuple[int, int]]) -> Array:
+    """Send ``x`` from device to device, by pairs (from, to) along ``axes``; a device nobody sends to gets zeros."""
+    x = vary(x, frozenset(axes))
+    ordered = _ordered(axes)
+    if ordered != axes:
+        place = _places(axes, ordered)
+        pairs = [(place[source], place[target]) for source, target in pairs]
+    return lax.ppermute(x, ordered, pairs)
+
+
+def _places(axes: Axes, ordered: Axes) -> list[int]:
+    """For each device along ``axes``, in order, its place along the same axes in the mesh's order: JAX's permute,
+    unlike its other collectives, counts devices in the order of the mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    counted = np.arange(math.prod(sizes[a] for a in axes)).reshape([sizes[a] for a in ordered])
+    return np.transpose(counted, [ordered.index(a) for a in axes]).ravel().tolist()  # type: ignore[no-any-return]
+
+
+def from_first(x: Array, axes: Axes) -> Array:
+    """A value that is equal along ``axes`` but typed as varying, made equal in type too: one all-reduce.
+
+    Its gradient goes to the first device only, so that a later sum over the devices counts it once.
+    """
+    if x.dtype == jnp.bool_:
+        return from_first(x.astype(jnp.int32), axes) > 0
+    return lax.psum(jnp.where(index(axes) == 0, x, jnp.zeros_like(x)), axes)
+
+
+def constrain(x: Array, mesh: Any, split: Sequence[Axes]) -> Array:
+    """For XLA's partitioner: state that ``x`` is split over ``split``."""
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec(split)))
+
+
+def spec(split: Sequence[Axes]) -> PartitionSpec:
+    """A JAX partition spec, an entry for each dim."""
+    return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in split))

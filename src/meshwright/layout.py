@@ -1,0 +1,328 @@
+"""Layout: rules from the names of dims to axes of the mesh.
+
+    >>> layout = Layout("batch:data, heads:model", params="embed:data")
+    >>> layout.rules
+    {'batch': ('data',), 'heads': ('model',)}
+
+A layout has two kinds of rules. *Compute rules* say how tensors are split while they are used: every dim of that name
+is split over those axes, in every tensor. Rules *at rest* say over which further axes parameters, and the optimizer's
+state, are split between uses; they are written in one of two ways:
+
+``params="embed:data"``   the dims called ``embed`` are split over ``data``; an axis that does not divide is an error.
+``params="data"``         each parameter is split over ``data`` along the dim that suits it: of the dims that the axes
+                          divide, the one with the most left on a device; never the first, which is often a stack of
+                          layers, where another does; of equals the last. Where none does, it stays whole.
+
+In both an axis over which a tensor is already split by a compute rule is not used on that tensor again. A layout knows
+nothing of devices; ``check`` and ``scope`` hold it against a mesh, ``explain`` shows what it does to a tree of tensors.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Never
+
+import jax.numpy as jnp
+
+from .dims import Dims, show
+from .errors import fail, fail_type, nearest
+from .explain import Explanation, explain
+from .mesh import Mesh
+from .notation import Notation, check_known
+from .scope import Axes, Scope, Split
+from .tensor import ACTIVATION, PARAMETER, Role
+
+OPTIMIZER = "optimizer"
+ROLES = (ACTIVATION, PARAMETER, OPTIMIZER)
+GATHERS = ("use", "step")
+OPTIONS = ("params", "optimizer", "gather", "strict", "sums")
+
+Pairs = tuple[tuple[str, Axes], ...]
+RulesLike = str | Mapping[str, Any] | Iterable[tuple[str, Any]] | None
+
+_NOTATION = Notation("Layout", "dim", "dim:axis or dim:(axis,axis)", ":", "batch:(pod,data), heads:model")
+
+
+@dataclass(frozen=True)
+class AtRest:
+    """Rules for what a tensor is split over between uses: for dims by name, or axes for whichever dim suits."""
+
+    pairs: Pairs = ()
+    axes: Axes = ()
+
+    @classmethod
+    def read(cls, given: Any, option: str) -> "AtRest":
+        """From ``"embed:data"``, ``{"embed": "data"}`` and pairs, or from ``"data"``, ``"(pod,data)"`` and names."""
+        if isinstance(given, AtRest):
+            return given
+        form = 'dim:axis, or axes alone ("data" or "(pod,data)")'
+        notation = Notation(f"Layout: {option}=", "dim", form, ":", "embed:data")
+        if not given:
+            return cls()
+        names = isinstance(given, tuple | list) and all(isinstance(item, str) for item in given)
+        if names or (isinstance(given, str) and ":" not in given):
+            if isinstance(given, str) and len(notation.parts(given)) > 1:
+                raise fail(f'{notation.asked}: {given!r}: write several axes for one dim as "({given})".')
+            return cls(axes=notation.names(given, "axis", given))
+        return cls(pairs=_read(notation, given))
+
+    def split(self, scope: Scope, these: Dims, compute: Split, asked: str) -> Split:
+        """The axes of each dim beyond ``compute``, its compute rules'; the module's text has the rules."""
+        used = {axis for axes in compute for axis in axes}
+        if self.axes:
+            return self._along_best(scope, these, compute, tuple(a for a in self.axes if a not in used))
+        found: dict[str, Axes] = {}
+        sizes = {d.name: d.size for d in these}
+        for name, axes in self.pairs:
+            if name in sizes:
+                found[name] = tuple(a for a in axes if a not in used and scope.size((a,)) > 1)
+                used.update(found[name])
+        rest = tuple(found.get(d.name, ()) for d in these)
+        for i, (d, axes) in enumerate(zip(these, rest, strict=True)):
+            if d.size % scope.size(compute[i] + axes):
+                raise fail(self._indivisible(scope, these, i, compute[i], axes, asked))
+        return rest
+
+    @staticmethod
+    def _along_best(scope: Scope, these: Dims, compute: Split, axes: Axes) -> Split:
+        axes = tuple(a for a in axes if scope.size((a,)) > 1)
+        local = scope.local_sizes(these, compute)
+        fits = [i for i, size in enumerate(local) if axes and size and size % scope.size(axes) == 0]
+        best = max(fits, key=lambda i: (i > 0, local[i], i), default=None)
+        return tuple(axes if i == best else () for i in range(len(these)))
+
+    def _indivisible(self, scope: Scope, these: Dims, i: int, compute: Axes, axes: Axes, asked: str) -> str:
+        d, num = these[i], scope.size(compute + axes)
+        over = " x ".join(f"{a!r} (size {scope.size((a,))})" for a in axes)
+        already = f", split over {_join(compute)} in use," if compute else ""
+        below, above = d.size // num * num, (d.size // num + 1) * num
+        good = f"{below} or {above}" if below else f"{above}"
+        return (
+            f"{asked}: the dim {d.name!r} of size {d.size}{already} cannot be split at rest over {over}: "
+            f"{d.size} is not a multiple of {num}.\n"
+            f"  tensor: ({show(these)})\n"
+            f"  layout: {scope.text}\n"
+            f"  Make {d.name!r} a multiple of {num} ({good}), or name the axes alone, params={_axes_text(axes)!r}: "
+            f"then each parameter is split along a dim that they divide. Nothing is padded silently."
+        )
+
+    @property
+    def known_axes(self) -> Axes:
+        return (*self.axes, *(axis for _, axes in self.pairs for axis in axes))
+
+    def __str__(self) -> str:
+        return _axes_text(self.axes) if self.axes else _rules_text(self.pairs)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Layout:
+    """Which dims are split over which axes. Immutable; equal when the rules and options are.
+
+    Args:
+        rules: compute rules: ``"batch:data, heads:model"`` (``;`` separates too), ``"batch:(pod,data)"`` for several
+            axes (the first the slowest), a dict ``{"batch": "data", "embed": ("a", "b")}``, or pairs.
+        params: rules at rest for parameters: for dims, ``"embed:data"``, or axes alone, ``"data"`` or ``"(pod,data)"``.
+        optimizer: rules at rest for the optimizer's state, in the same forms; None: as for parameters.
+        gather: when a parameter at rest is gathered: ``"use"``, at each use, again in the backward pass, or ``"step"``,
+            once where it enters a region.
+        strict: whether a rule whose dim a region never meets is an error; otherwise a warning.
+        sums: the floating dtype in which sums across devices are taken ("float32"); None: the dtype of the operand.
+
+    Raises:
+        TypeError: an unknown option, or a value of the wrong type.
+        ValueError: a rule cannot be read, a dim has two rules, an axis stands twice in a rule, or an option's value is
+            unknown; the message shows the right form.
+    """
+
+    pairs: Pairs
+    params: AtRest
+    optimizer: AtRest
+    gather: str
+    strict: bool
+    sums: str | None
+
+    def __init__(
+        self,
+        rules: RulesLike = "",
+        *,
+        params: Any = None,
+        optimizer: Any = None,
+        gather: str = "use",
+        strict: bool = False,
+        sums: Any = None,
+        **unknown: Never,
+    ) -> None:
+        for option in unknown:
+            raise fail_type(f"Layout: there is no option {option!r}.{nearest(option, OPTIONS)}")
+        if gather not in GATHERS:
+            raise fail(f"Layout: gather={gather!r} is unknown.{nearest(str(gather), GATHERS)}")
+        if not isinstance(strict, bool):
+            raise fail_type(f"Layout: strict={strict!r}: it must be True or False.")
+        at_rest = AtRest.read(params, "params")
+        values = {
+            "pairs": _read(_NOTATION, rules if rules is not None else ()),
+            "params": at_rest,
+            "optimizer": at_rest if optimizer is None else AtRest.read(optimizer, "optimizer"),
+            "gather": gather,
+            "strict": strict,
+            "sums": _floating(sums) if sums is not None else None,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def replace(self, **options: Any) -> "Layout":
+        """The same layout with other options: ``layout.replace(params="data")``; ``rules`` too."""
+        kept = {"rules": self.pairs, **{name: getattr(self, name) for name in OPTIONS}}
+        if "params" in options and self.optimizer == self.params:
+            kept["optimizer"] = None
+        return Layout(**{**kept, **options})
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.pairs, self.params, self.optimizer, self.gather, self.strict, self.sums))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def rules(self) -> dict[str, Axes]:
+        """The compute rules: the axes of each dim."""
+        return dict(self.pairs)
+
+    @property
+    def text(self) -> str:
+        """The layout as it is written: the rules, then the options that are set."""
+        rules = _rules_text(self.pairs)
+        options = self._options()
+        return f'"{rules}", {options}' if options else rules
+
+    def _options(self) -> str:
+        written = {
+            "params": f'"{self.params}"' if self.params != AtRest() else "",
+            "optimizer": f'"{self.optimizer}"' if self.optimizer != self.params else "",
+            "gather": f'"{self.gather}"' if self.gather != "use" else "",
+            "strict": "True" if self.strict else "",
+            "sums": f'"{self.sums}"' if self.sums else "",
+        }
+        return ", ".join(f"{name}={value}" for name, value in written.items() if value)
+
+    def names(self) -> tuple[str, ...]:
+        """Every dim name that a rule of this layout speaks of."""
+        every = (*self.pairs, *self.params.pairs, *self.optimizer.pairs)
+        return tuple(dict.fromkeys(name for name, _ in every))
+
+    def check(self, mesh: Mesh) -> None:
+        """Hold the layout against a mesh.
+
+        Raises:
+            ValueError: a rule names an axis that the mesh lacks; the message proposes the nearest.
+        """
+        rules = [(f"the rule '{_rules_text((pair,))}'", pair[1]) for pair in self.pairs]
+        rules += [("params='" + str(self.params) + "'", self.params.known_axes)]
+        rules += [("optimizer='" + str(self.optimizer) + "'", self.optimizer.known_axes)]
+        for rule, axes in rules:
+            message = f"Layout: {rule} names the axis {{}}, which the mesh ({mesh.text}) lacks."
+            check_known(axes, mesh.axes, message)
+
+    def scope(self, mesh: Mesh, partitioner: str = "names") -> Scope:
+        """What the operations of a region see of this layout on ``mesh``; axes of size 1, which split nothing, are not
+        among it.
+
+        Raises:
+            ValueError: as ``check``.
+        """
+        self.check(mesh)
+        sizes = mesh.axes
+        splits = ((name, tuple(a for a in axes if sizes[a] > 1)) for name, axes in self.pairs)
+        kept = tuple((name, axes) for name, axes in splits if axes)
+        return Scope(mesh.jax_mesh, kept, tuple(sizes.items()), partitioner, self.sums, self.text)
+
+    def at_rest(self, scope: Scope, these: Dims, role: Role, asked: str = "at rest") -> Split:
+        """Over which axes each dim of a tensor is split at rest, beyond its compute rule.
+
+        Raises:
+            ValueError: the role is unknown, or a rule's axes do not divide the dim's size.
+        """
+        return _at_rest(self, scope, these, role, asked)
+
+    def explain(self, tree: Any, mesh: Mesh | str, role: Role | None = None) -> Explanation:
+        """What this layout does to a tree on ``mesh``: for each tensor its dims with their axes, the bytes of the whole
+        and those on each device, the number of copies, and pictures of the tiles. Prints itself.
+
+        Args:
+            tree: a pytree of tensors and arrays, or of their shapes (``jax.eval_shape``).
+            mesh: the mesh, or its text.
+            role: the role whose rules hold for every tensor, "optimizer" for the optimizer's state; None: each its own.
+
+        Raises:
+            ValueError: a tensor cannot be split as the layout says.
+        """
+        mesh = mesh if isinstance(mesh, Mesh) else Mesh(mesh)
+        scope = self.scope(mesh)
+
+        def place(these: Dims, own: Role, asked: str) -> tuple[Split, Split]:
+            return scope.split(these, asked), self.at_rest(scope, these, role or own, asked)
+
+        return explain(tree, mesh, place, repr(self), role)
+
+    def __repr__(self) -> str:
+        options = self._options()
+        return f'Layout("{_rules_text(self.pairs)}"' + (f", {options})" if options else ")")
+
+    def __str__(self) -> str:
+        lines = [(name, f"over {_join(axes)}" if axes else "not split") for name, axes in self.pairs]
+        lines = lines or [("compute", "nothing is split")]
+        lines.append(("params", _rest_text(self.params, self.gather)))
+        if self.optimizer != self.params:
+            lines.append(("optimizer", _rest_text(self.optimizer, "")))
+        if self.sums:
+            lines.append(("sums", f"across devices in {self.sums}"))
+        if self.strict:
+            lines.append(("strict", "a rule whose dim is never met is an error"))
+        width = max(len(name) for name, _ in lines)
+        return "\n".join([repr(self), *(f"  {name:<{width}}  {what}" for name, what in lines)])
+
+
+@functools.lru_cache(maxsize=8192)
+def _at_rest(layout: Layout, scope: Scope, these: Dims, role: Role, asked: str) -> Split:
+    if role not in ROLES:
+        raise fail(f"{asked}: a tensor has the role {role!r}.{nearest(str(role), ROLES)}")
+    if role == ACTIVATION:
+        return ((),) * len(these)
+    rules = layout.optimizer if role == OPTIMIZER else layout.params
+    return rules.split(scope, these, scope.split(these, asked), asked)
+
+
+def _read(notation: Notation, given: Any) -> Pairs:
+    return tuple((name, notation.names(axes, "axis", given)) for name, axes in notation.pairs(given))
+
+
+def _floating(dtype: Any) -> str:
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or not jnp.issubdtype(known, jnp.floating):
+        raise fail(f'Layout: sums={dtype!r} is not a floating dtype. Write sums="float32" or sums="bfloat16".')
+    return known.name
+
+
+def _axes_text(axes: Axes) -> str:
+    return axes[0] if len(axes) == 1 else f"({','.join(axes)})"
+
+
+def _rules_text(pairs: Pairs) -> str:
+    return ", ".join(f"{name}:{_axes_text(axes)}" for name, axes in pairs)
+
+
+def _join(axes: Axes) -> str:
+    return " x ".join(axes)
+
+
+def _rest_text(rules: AtRest, gather: str) -> str:
+    when = {"use": "; gathered at each use", "step": "; gathered once a step"}.get(gather, "")
+    if rules.axes:
+        return f"each over {_join(rules.axes)}, along the dim that suits it{when}"
+    if not any(axes for _, axes in rules.pairs):
+        return "split by their compute rules alone"
+    return ", ".join(f"{name} over {_join(axes)}" for name, axes in rules.pairs if axes) + when

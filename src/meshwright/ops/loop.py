@@ -1,0 +1,260 @@
+"""Control flow: scan, fold, while_loop, cond, on pytrees of named tensors.
+
+They are JAX's own, with names: ``scan`` runs over a dim, and its body sees tensors without it. What goes round a loop
+must come back as it went in; here that is checked by name, and the order of dims and the promises of a tensor (a sum
+still to be taken, a gather still to be made) are put right on the way.
+
+A scan over a dim that the layout splits runs every step on every device: what it reads is gathered first, what it
+stacks is sliced after.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import collectives
+from ..dims import Dim, Dims, find, names_of, show
+from ..errors import fail, fail_type
+from ..scope import Axes, Split, current_manual
+from ..tensor import PARAMETER, Role, Tensor, check_home, make
+from .lowering import axes_of, is_scalar
+from .transform import mapped_axes
+from .transform import remat as rematerialised
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a value goes round a loop: a tensor's dims and how a device holds it, or a plain array (dims None)."""
+
+    dims: Dims | None
+    role: Role = ""
+    rest: Split | None = None
+    copies: Axes = ()
+
+    def unpack(self, x: Any, asked: str) -> Any:
+        """The array of ``x`` in this form; its type varies over all the axes that it can."""
+        if self.dims is None:
+            if isinstance(x, Tensor):
+                raise fail(f"{asked}: a tensor ({show(x.dims)}) where a plain array came in.")
+            return collectives.vary(jnp.asarray(x), mapped_axes()) if mapped_axes() else jnp.asarray(x)
+        if not isinstance(x, Tensor) or set(x.dims) != set(self.dims):
+            found = f"({show(x.dims)})" if isinstance(x, Tensor) else "a value without dims"
+            raise fail(f"{asked}: expected a tensor with the dims ({show(self.dims)}), found {found}.")
+        check_home(x, asked)
+        x = x.reorder(*names_of(self.dims))
+        scope = current_manual()
+        if scope is None:
+            return x.raw
+        as_it_is = (x.rest, x.copies, x.partial) == (self.rest, self.copies, ())
+        axes = {a for part in (scope.split(self.dims, asked), self.rest or ()) for axes in part for a in axes}
+        varying = frozenset(axes | set(self.copies)) | mapped_axes()
+        return collectives.vary(x.raw if as_it_is else x.array, varying)
+
+    def pack(self, array: Any, asked: str) -> Any:
+        if self.dims is None:
+            return array
+        return make(array, self.dims, asked=asked, role=self.role, rest=self.rest, copies=self.copies)
+
+
+def held_as(x: Any) -> Held:
+    """The form in which ``x`` goes round. A parameter stays at rest; other promises are kept first."""
+    if not isinstance(x, Tensor):
+        return Held(None)
+    if x.role == PARAMETER:
+        return Held(x.dims, x.role, x.rest, x.copies)
+    return Held(x.dims, x.role)
+
+
+def is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+class Packing:
+    """A pytree of tensors as a list of arrays, and back."""
+
+    def __init__(self, tree: Any, asked: str) -> None:
+        paths, self.structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tensor)
+        self.held = [held_as(x) for _, x in paths]
+        self.where = [f"{asked}{jax.tree_util.keystr(path)}" for path, _ in paths]
+        self.asked = asked
+
+    def unpack(self, tree: Any) -> list[Any]:
+        leaves, structure = jax.tree.flatten(tree, is_leaf=is_tensor)
+        if structure != self.structure:
+            raise fail_type(f"{self.asked}: came back as {structure}, went in as {self.structure}.")
+        return [h.unpack(x, where) for h, x, where in zip(self.held, leaves, self.where, strict=True)]
+
+    def pack(self, arrays: Sequence[Any]) -> Any:
+        leaves = [h.pack(a, where) for h, a, where in zip(self.held, arrays, self.where, strict=True)]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def scan(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    xs: Any = None,
+    *,
+    over: str | Dim,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    remat: Any = None,
+) -> tuple[Any, Any]:
+    """Run ``f(carry, x) -> (carry, y)`` for each position along a dim, as ``jax.lax.scan`` does.
+
+    Args:
+        f: sees in ``x`` each tensor of ``xs`` without the dim ``over``.
+        init: the carry to start with; ``f`` must return one with the same names and dtypes.
+        xs: a pytree of tensors that have the dim ``over``, and of arrays whose first axis is as long; None when only
+            the count matters (then ``over`` is a Dim).
+        over: the dim's name, or the Dim.
+        reverse: from the last position to the first.
+        unroll: how many steps one iteration of the compiled loop does; True for all.
+        remat: what the backward pass recomputes; see ``mw.remat``. None saves what JAX saves.
+
+    Returns:
+        The last carry, and the ``y`` of every step stacked along ``over``, which comes first.
+
+    Raises:
+        ValueError: a tensor of ``xs`` lacks the dim; the carry changes its names.
+    """
+    d = _over_dim(xs, over)
+    stacked, take = _sliced(xs, d)
+    carry = Packing(init, "scan: carry")
+    out: list[Packing] = []
+
+    def step(arrays: Any, slices: Any) -> Any:
+        new, y = f(carry.pack(arrays), take(slices))
+        out[:] = [Packing(y, "scan: output")]
+        return carry.unpack(new), out[0].unpack(y)
+
+    body = rematerialised(step, remat, in_loop=True) if remat else step
+    last, ys = jax.lax.scan(body, carry.unpack(init), stacked, length=d.size, reverse=reverse, unroll=unroll)
+    return carry.pack(last), _stacked(out[0], ys, d)
+
+
+def fold(
+    f: Callable[[Any, Any], Any],
+    init: Any,
+    xs: Any = None,
+    *,
+    over: str | Dim,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    remat: Any = None,
+) -> Any:
+    """``scan`` for a body that only carries: ``f(carry, x) -> carry``; returns the last carry."""
+
+    def step(carry: Any, x: Any) -> tuple[Any, None]:
+        return f(carry, x), None
+
+    return scan(step, init, xs, over=over, reverse=reverse, unroll=unroll, remat=remat)[0]
+
+
+def _over_dim(xs: Any, over: str | Dim) -> Dim:
+    if isinstance(over, Dim):
+        return over
+    for x in jax.tree.leaves(xs, is_leaf=is_tensor):
+        if isinstance(x, Tensor):
+            return find(x.dims, over, "scan")
+    raise fail(f"scan: no tensor in xs has the dim {over!r}, so its size is unknown; pass over=mw.Dim({over!r}, size).")
+
+
+def _sliced(xs: Any, d: Dim) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of ``xs`` with the dim ``d`` first and whole, and what makes a step's tensors of their slices."""
+    paths, tree = jax.tree_util.tree_flatten_with_path(xs, is_leaf=is_tensor)
+    arrays, forms = [], []
+    for path, x in paths:
+        where = f"scan: xs{jax.tree_util.keystr(path)}"
+        array, form = _leading(x, d, where)
+        arrays.append(array)
+        forms.append((form, where))
+
+    def take(slices: Sequence[Any]) -> Any:
+        steps = [form.pack(a, where) for (form, where), a in zip(forms, slices, strict=True)]
+        return jax.tree.unflatten(tree, steps)
+
+    return arrays, take
+
+
+def _leading(x: Any, d: Dim, where: str) -> tuple[Any, Held]:
+    if not isinstance(x, Tensor):
+        if is_scalar(x) or x.shape[0] != d.size:
+            raise fail(
+                f"{where}: an array's first axis must be as long as {d.name}={d.size}; its shape is {jnp.shape(x)}."
+            )
+        return x, Held(None)
+    check_home(x, where)
+    at = x.position(d.name, where)
+    if x.dims[at] != d:
+        raise fail(f"{where}: the dim {d.name!r} has size {x.dims[at].size}, the scan runs over {d.size}.")
+    scope = current_manual()
+    form = held_as(x)
+    array = x.raw if x.role == PARAMETER else x.array
+    if scope is not None:
+        across = scope.axes_of(d.name) + (form.rest[at] if form.rest else ())
+        if across:
+            array = collectives.gather_equal(array, across, at)
+    rest = form.rest[:at] + form.rest[at + 1 :] if form.rest else None
+    kept = x.dims[:at] + x.dims[at + 1 :]
+    return jnp.moveaxis(array, at, 0), Held(kept or None, form.role, rest, form.copies)
+
+
+def _stacked(packing: Packing, arrays: Sequence[Any], d: Dim) -> Any:
+    split = axes_of(d)
+
+    def one(form: Held, array: Any, where: str) -> Any:
+        if form.dims is None:
+            return make(_own(array), (d,), asked=where) if array.ndim == 1 else array
+        rest = ((), *form.rest) if form.rest else None
+        return make(_own(array), (d, *form.dims), asked=where, role=form.role, rest=rest, copies=form.copies)
+
+    def _own(array: Any) -> Any:
+        if split is None:
+            return array
+        scope, axes = split
+        return collectives.own_slice(array, axes, 0, scope.size(axes))
+
+    leaves = [one(*group) for group in zip(packing.held, arrays, packing.where, strict=True)]
+    return jax.tree.unflatten(packing.structure, leaves)
+
+
+def while_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], init: Any) -> Any:
+    """Run ``body`` while ``condition(state)``, a boolean scalar, holds. Like JAX's, it has no reverse-mode gradient."""
+    state = Packing(init, "while_loop: state")
+    last = jax.lax.while_loop(
+        lambda arrays: condition(state.pack(arrays)),
+        lambda arrays: state.unpack(body(state.pack(arrays))),
+        state.unpack(init),
+    )
+    return state.pack(last)
+
+
+def cond(predicate: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], *operands: Any) -> Any:
+    """One of two functions of ``operands``, chosen at run time by a boolean scalar.
+
+    Raises:
+        ValueError: the branches' results differ in names.
+        TypeError: the predicate has dims (``mw.where`` chooses element by element), or the results' trees differ.
+    """
+    if isinstance(predicate, Tensor):
+        raise fail_type(
+            f"cond: the predicate has the dims ({show(predicate.dims)}); it must be a scalar. mw.where chooses element "
+            "by element; predicate.any() or .all() makes a scalar."
+        )
+    given = Packing(operands, "cond: operand ")
+    out: list[Packing] = []
+
+    def branch(f: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arrays: Any) -> Any:
+            result = f(*given.pack(arrays))
+            if not out:
+                out.append(Packing(result, "cond: result"))
+            return out[0].unpack(result)
+
+        return run
+
+    arrays = jax.lax.cond(predicate, branch(if_true), branch(if_false), *given.unpack(operands))
+    return out[0].pack(arrays)

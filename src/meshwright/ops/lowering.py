@@ -1,0 +1,131 @@
+"""What every operation shares: its operands' checks, their positional arrays, and the use of parameters.
+
+An operation reads ``arrays = local(asked, tensors, want)``: each device's slices under the compute layout, with types
+that vary over ``want``, the axes over which the result will be split. Where an operand is a parameter at rest, the
+operation runs through ``run``, which gathers it inside a rematerialised call: the gathered form is never kept for the
+backward pass, it is gathered again there, as FSDP does.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import collectives
+from ..dims import Dim, Dims, Names, as_names, index_of, names_of, show
+from ..errors import fail_type
+from ..scope import Axes, Scope, Split, current_manual
+from ..tensor import PARAMETER, Tensor, check_home
+
+Scalar = bool | int | float | complex | np.generic | np.ndarray | jax.Array
+
+
+def is_scalar(x: Any) -> bool:
+    """Whether ``x`` is a plain scalar, which needs no names."""
+    return isinstance(x, bool | int | float | complex | np.generic) or (
+        isinstance(x, jax.Array | np.ndarray) and x.ndim == 0
+    )
+
+
+def check_operand(x: Any, asked: str, scalars: bool = True) -> None:
+    """Raise unless ``x`` is a tensor at home here, or, where allowed, a scalar."""
+    if isinstance(x, Tensor):
+        check_home(x, asked)
+    elif not (scalars and is_scalar(x)):
+        kind = f"an array of shape {tuple(x.shape)}" if isinstance(x, jax.Array | np.ndarray) else type(x).__name__
+        also = " or a scalar" if scalars else ""
+        raise fail_type(
+            f"{asked}: expected a tensor{also}, found {kind}. Name its dims: mw.Tensor(array, 'batch embed')."
+        )
+
+
+def split_of(these: Dims, asked: str) -> Split:
+    """The axes of each dim under the compute layout; empty tuples outside a region."""
+    scope = current_manual()
+    return scope.split(these, asked) if scope is not None else ((),) * len(these)
+
+
+def axes_of(d: Dim) -> tuple[Scope, Axes] | None:
+    """The scope and the axes that split ``d``; None when each device holds the whole of it."""
+    scope = current_manual()
+    if scope is None or not scope.axes_of(d.name):
+        return None
+    return scope, scope.axes_of(d.name)
+
+
+def wanted(asked: str, *all_dims: Dims) -> frozenset[str]:
+    """The axes that split any of these dims: a result made of them varies over all of these."""
+    scope = current_manual()
+    if scope is None:
+        return frozenset()
+    return frozenset(a for these in all_dims for axes in scope.split(these, asked) for a in axes)
+
+
+def local_sizes(these: Dims, asked: str) -> tuple[int, ...]:
+    """The shape of a device's slice of a tensor with these dims."""
+    scope = current_manual()
+    if scope is None:
+        return tuple(d.size for d in these)
+    return scope.local_sizes(these, scope.split(these, asked))
+
+
+def run(function: Callable[..., Any], tensors: Sequence[Tensor], want: frozenset[str], *, again: bool = False) -> Any:
+    """``function`` of the tensors' local arrays.
+
+    Where a parameter has to be gathered, or made to vary, for this use, that is done again in the backward pass: what
+    is kept for it is the parameter as it rests, and the other operands. ``again`` asks for it with every parameter:
+    for a function that only rearranges its operands before a product, the rearranged ones are then not kept beside
+    the operands themselves.
+    """
+    held = [_as_it_rests(x, want) for x in tensors]
+    if not any(held) and not (again and any(x.role == PARAMETER for x in tensors)):
+        return function(*(x.local(want) for x in tensors))
+
+    def prepare_and_run(*arrays: Any) -> Any:
+        ready = (x.for_use(a, want) if rests else a for a, x, rests in zip(arrays, tensors, held, strict=True))
+        return function(*ready)
+
+    arrays = (x.raw if rests else x.local(want) for x, rests in zip(tensors, held, strict=True))
+    return jax.checkpoint(prepare_and_run)(*arrays)
+
+
+def _as_it_rests(x: Tensor, want: frozenset[str]) -> bool:
+    if x.role != PARAMETER or x.scope is None or x.copies:
+        return False
+    return x.rest is not None or not want <= collectives.varies_over(x.raw)
+
+
+def copied(tensors: Sequence[Tensor], want: frozenset[str]) -> Axes:
+    """The axes along which a result may stay copies: its operands are, and nothing splits it over them."""
+    return tuple(dict.fromkeys(a for x in tensors for a in x.copies if a not in want))
+
+
+def align(array: Any, have: Dims, out: Dims) -> Any:
+    """Transpose and expand a positional array of dims ``have`` to the order of ``out``, of which it may lack some."""
+    if have == out:
+        return array
+    order = [i for d in out for i, h in enumerate(have) if h.name == d.name]
+    if order != sorted(order):
+        array = jnp.transpose(array, order)
+    held = names_of(have)
+    missing = [i for i, d in enumerate(out) if d.name not in held]
+    return jax.lax.expand_dims(array, missing) if missing else array
+
+
+def over_names(x: Tensor, over: Names | None, asked: str) -> tuple[str, ...]:
+    """The names to work over: all dims for None. Unknown or repeated names are errors."""
+    names = x.names if over is None else as_names(over)
+    for name in names:
+        index_of(x.dims, name, asked)
+    return tuple(dict.fromkeys(names))
+
+
+def positions(x: Tensor, names: Sequence[str], asked: str) -> tuple[int, ...]:
+    return tuple(index_of(x.dims, name, asked) for name in names)
+
+
+def operand_list(operands: Sequence[Any]) -> str:
+    """The operands as an error lists them."""
+    return "; ".join(f"({show(x.dims)})" if isinstance(x, Tensor) else "a scalar" for x in operands)

@@ -1,0 +1,269 @@
+"""Reductions: a local reduction, then the matching collective over the axes of the reduced dims.
+
+==============================  ==============================  =======================================
+operation                       local                           between devices
+==============================  ==============================  =======================================
+sum, mean                       sum                             sum, pending until it is used
+max, min                        max, min                        all-reduce (max, min)
+any, all                        or, and                         all-reduce of int32 (max, min)
+prod                            product                         gather of one value a device
+var, std                        sums                            two sums
+logsumexp, (log_)softmax        max, then sum of exponentials   one max, one sum
+argmax, argmin                  best and its global index       gather of one candidate a device
+==============================  ==============================  =======================================
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import collectives
+from ..dims import Names, find, num_elements, show, without
+from ..errors import fail
+from ..scope import Axes, current_manual
+from ..tensor import Tensor, make, operator
+from .elementwise import astype, conj, divide, multiply, real, sqrt, stop_gradient, subtract
+from .lowering import axes_of, check_operand, copied, over_names, positions, run, wanted
+
+
+def _reduce(asked: str, x: Any, over: Names | None, local: Callable[..., Any], join: Callable[..., Any] | None) -> Any:
+    """A local reduction over named dims; ``join(array, axes)`` finishes it, None leaves the sum pending."""
+    check_operand(x, asked, scalars=False)
+    names = over_names(x, over, asked)
+    where = positions(x, names, asked)
+    wraps = x.pending and not jnp.issubdtype(x.dtype, jnp.inexact)
+    if join is None and x.scope is not None and not wraps:
+        return _sum_held(asked, x, names, where, local)
+    kept, axes = without(x.dims, names), _split_axes(x, names)
+    want = wanted(asked, x.dims)
+    copies = copied([x], want)
+    result = run(lambda array: local(array, where), [x], want.union(copies))
+    if join is None:
+        return make(result, kept, asked=asked, partial=axes, copies=copies)
+    return make(join(result, axes) if axes else result, kept, asked=asked, copies=copies)
+
+
+def _sum_held(asked: str, x: Tensor, names: Sequence[str], where: Sequence[int], local: Callable[..., Any]) -> Any:
+    """A sum of what the devices hold: of addends too (not of integers, whose sums wrap round), and of a tensor at rest,
+    which is not gathered for it."""
+    rest = x.rest or ((),) * x.ndim
+    axes = _split_axes(x, names) + tuple(a for i in where for a in rest[i])
+    left = tuple(axes for i, axes in enumerate(rest) if i not in where)
+    array = collectives.vary(x.held, wanted(asked, x.dims))
+    kept = without(x.dims, names)
+    return make(local(array, where), kept, asked=asked, rest=left, partial=x.pending + axes, copies=x.copies)
+
+
+def _split_axes(x: Tensor, names: Sequence[str]) -> Axes:
+    scope = current_manual()
+    return tuple(a for name in names for a in scope.axes_of(name)) if scope is not None else ()
+
+
+@operator("sum")
+def sum(x: Any, over: Names | None = None, *, dtype: Any = None) -> Any:
+    """The sum over dims: a name, several, or all when None. Integers and booleans add up as in NumPy."""
+    return _reduce("sum", x, over, lambda array, where: jnp.sum(array, where, dtype=dtype), None)
+
+
+@operator("mean")
+def mean(x: Any, over: Names | None = None, *, dtype: Any = None) -> Any:
+    """The mean over dims: a name, several, or all when None."""
+    check_operand(x, "mean", scalars=False)
+    count = num_elements(find(x.dims, name, "mean") for name in over_names(x, over, "mean"))
+
+    def local(array: Any, where: tuple[int, ...]) -> Any:
+        kind = jnp.dtype(dtype or _inexact(array.dtype))
+        return (jnp.sum(array, where, dtype=_wide(kind)) / float(count)).astype(kind)
+
+    return _reduce("mean", x, over, local, None)
+
+
+def _inexact(dtype: Any) -> Any:
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.dtype(jnp.float32)
+
+
+def _wide(dtype: Any) -> Any:
+    """The dtype to sum in on a device: float32 for the floats that are narrower."""
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+@operator("prod")
+def prod(x: Any, over: Names | None = None) -> Any:
+    """The product over dims: a name, several, or all when None."""
+    return _reduce("prod", x, over, jnp.prod, _join_products)
+
+
+def _join_products(x: Any, axes: Axes) -> Any:
+    return jnp.prod(collectives.gather_equal(x[None], axes, 0), 0)
+
+
+@operator("any")
+def any(x: Any, over: Names | None = None) -> Any:
+    """Whether any value over the dims is true."""
+    return _reduce("any", x, over, jnp.any, lambda a, axes: collectives.all_max(a.astype(jnp.int32), axes) > 0)
+
+
+@operator("all")
+def all(x: Any, over: Names | None = None) -> Any:
+    """Whether every value over the dims is true."""
+    return _reduce("all", x, over, jnp.all, lambda a, axes: collectives.all_min(a.astype(jnp.int32), axes) > 0)
+
+
+@operator("max")
+def max(x: Any, over: Names | None = None) -> Any:
+    """The greatest value over dims; its gradient is shared equally between ties, as in JAX."""
+    return _extreme("max", x, over, jnp.max, collectives.all_max)
+
+
+@operator("min")
+def min(x: Any, over: Names | None = None) -> Any:
+    """The least value over dims; its gradient is shared equally between ties, as in JAX."""
+    return _extreme("min", x, over, jnp.min, collectives.all_min)
+
+
+def _extreme(asked: str, x: Any, over: Names | None, local: Callable[..., Any], join: Callable[..., Any]) -> Any:
+    check_operand(x, asked, scalars=False)
+    names = over_names(x, over, asked)
+    where, axes = positions(x, names, asked), _split_axes(x, names)
+    if not names:
+        return x
+    function = functools.partial(_joined_extreme, local, join, where, axes) if axes else lambda a: local(a, where)
+    want = wanted(asked, x.dims)
+    copies = copied([x], want)
+    return make(run(function, [x], want.union(copies)), without(x.dims, names), asked=asked, copies=copies)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _joined_extreme(local: Any, join: Any, where: tuple[int, ...], axes: Axes, array: Any) -> Any:
+    return join(local(array, where), axes)
+
+
+@_joined_extreme.defjvp
+def _joined_extreme_jvp(
+    local: Any, join: Any, where: tuple[int, ...], axes: Axes, primals: tuple[Any], tangents: tuple[Any]
+) -> tuple[Any, Any]:
+    """JAX has no derivative for a maximum across devices: the mean of the tangents that attain it."""
+    (array,), (tangent,) = primals, tangents
+    best = _joined_extreme(local, join, where, axes, array)
+    attains = (array == jnp.expand_dims(best, where)).astype(tangent.dtype)
+    count = collectives.all_sum(jnp.sum(attains, where), axes)
+    return best, collectives.all_sum(jnp.sum(attains * tangent, where), axes) / count
+
+
+@operator("var")
+def var(x: Any, over: Names | None = None, *, ddof: int = 0) -> Any:
+    """The variance over dims: squared distances from the mean, summed and divided by the count less ``ddof``. It is
+    computed in float32 at least."""
+    check_operand(x, "var", scalars=False)
+    names = over_names(x, over, "var")
+    count = num_elements(find(x.dims, name, "var") for name in names)
+    if count <= ddof:
+        raise fail(f"var: {count} values less ddof={ddof} leaves none to divide by.")
+    kind = _inexact(x.dtype)
+    wide = astype(x, _wide(kind))
+    centred = subtract(wide, mean(wide, names))
+    if jnp.issubdtype(kind, jnp.complexfloating):
+        return divide(sum(real(multiply(centred, conj(centred))), names), float(count - ddof))
+    return astype(divide(sum(multiply(centred, centred), names), float(count - ddof)), kind)
+
+
+@operator("std")
+def std(x: Any, over: Names | None = None, *, ddof: int = 0) -> Any:
+    """The standard deviation over dims: the square root of ``var``."""
+    return sqrt(var(x, over, ddof=ddof))
+
+
+def logsumexp(x: Any, over: Names | None = None) -> Any:
+    """The logarithm of the sum of exponentials over dims, without overflow."""
+
+    def local(array: Any, where: tuple[int, ...], axes: Axes) -> Any:
+        most = _greatest(array, where, axes)
+        most = jnp.where(jnp.isfinite(most), most, jnp.zeros_like(most))
+        total = _total(jnp.exp(array - most), where, axes)
+        return jnp.squeeze(jnp.log(total) + most, where)
+
+    return _normalise("logsumexp", x, over, local, keep=False)
+
+
+def softmax(x: Any, over: Names) -> Any:
+    """exp(x) divided by its sum over dims, without overflow; the dims stay."""
+
+    def local(array: Any, where: tuple[int, ...], axes: Axes) -> Any:
+        powers = jnp.exp(array - _greatest(array, where, axes))
+        return powers / _total(powers, where, axes)
+
+    return _normalise("softmax", x, over, local, keep=True)
+
+
+def log_softmax(x: Any, over: Names) -> Any:
+    """The logarithm of ``softmax``, computed without taking a logarithm of a small number."""
+
+    def local(array: Any, where: tuple[int, ...], axes: Axes) -> Any:
+        shifted = array - _greatest(array, where, axes)
+        return shifted - jnp.log(_total(jnp.exp(shifted), where, axes))
+
+    return _normalise("log_softmax", x, over, local, keep=True)
+
+
+def _normalise(asked: str, x: Any, over: Names | None, local: Callable[..., Any], keep: bool) -> Any:
+    check_operand(x, asked, scalars=False)
+    names = over_names(x, over, asked)
+    x = astype(x, _inexact(x.dtype))
+    where, axes = positions(x, names, asked), _split_axes(x, names)
+    want = wanted(asked, x.dims)
+    copies = copied([x], want)
+    result = run(lambda array: local(array, where, axes), [x], want.union(copies))
+    return make(result, x.dims if keep else without(x.dims, names), asked=asked, copies=copies)
+
+
+def _greatest(array: Any, where: tuple[int, ...], axes: Axes) -> Any:
+    """The maximum to shift by. It cancels out of the result, so no gradient flows through it."""
+    most = jnp.max(jax.lax.stop_gradient(array), where, keepdims=True)
+    return collectives.all_max(most, axes) if axes else most
+
+
+def _total(array: Any, where: tuple[int, ...], axes: Axes) -> Any:
+    total = jnp.sum(array, where, keepdims=True)
+    scope = current_manual()
+    return collectives.all_sum(total, axes, scope.sums) if scope is not None and axes else total
+
+
+def argmax(x: Any, over: Names | None = None) -> Any:
+    """The position along a dim of its greatest value, the first one of equals: int32."""
+    return _arg("argmax", x, over, jnp.argmax)
+
+
+def argmin(x: Any, over: Names | None = None) -> Any:
+    """The position along a dim of its least value, the first one of equals: int32."""
+    return _arg("argmin", x, over, jnp.argmin)
+
+
+def _arg(asked: str, x: Any, over: Names | None, best: Callable[..., Any]) -> Any:
+    check_operand(x, asked, scalars=False)
+    names = over_names(x, over, asked)
+    if len(names) != 1:
+        raise fail(
+            f"{asked}: a position is counted along one dim, asked for {len(names)} of ({show(x.dims)}).\n"
+            f"  Name one, or merge them first: {asked}(x.merge({names!r}, 'flat'), 'flat')."
+        )
+    (where,), d = positions(x, names, asked), find(x.dims, names[0], asked)
+    split = axes_of(d)
+
+    def local(array: Any) -> Any:
+        place = best(array, where).astype(jnp.int32)
+        if split is None:
+            return place
+        scope, axes = split
+        value = jnp.take_along_axis(array, jnp.expand_dims(place, where), where)
+        place = jnp.expand_dims(place, where) + collectives.index(axes) * (d.size // scope.size(axes))
+        values, places = (collectives.gather_equal(a, axes, where) for a in (value, place))
+        winner = jnp.expand_dims(best(values, where), where)
+        return jnp.squeeze(jnp.take_along_axis(places, winner, where), where)
+
+    want = wanted(asked, x.dims)
+    copies = copied([x], want)
+    result = run(local, [stop_gradient(x)], want.union(copies))
+    return make(result, without(x.dims, names), asked=asked, copies=copies)

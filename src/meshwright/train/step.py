@@ -1,0 +1,105 @@
+"""One step of training: the loss inside the region, the update outside it.
+
+The loss is an ordinary program on named tensors, so ``mw.spmd`` gives each device its slices and the gradients come
+back split as the parameters lie at rest. The optimizer then works on those trees where they are. Its state lies by the
+layout's ``optimizer`` rules; where they differ from the parameters' (ZeRO-1), gradients are moved to it and new
+parameters back.
+
+Dims: batch, length, vocab; the parameters' as in ``models/decoder.py``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from ..layout import OPTIMIZER, Layout
+from ..mesh import Mesh
+from ..models import Decoder, DecoderConfig
+from ..nn import cross_entropy
+from ..ops.reduce import mean
+from ..placing import shard
+from ..region import spmd
+from ..tensor import Tensor
+from .data import Batch
+from .optimizer import update
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a program runs: nothing that its results depend on."""
+
+    mesh: Mesh
+    layout: Layout
+    partitioner: str = "names"
+
+    def region(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``fn`` as a program for the mesh."""
+        return spmd(fn, self.mesh, self.layout, partitioner=self.partitioner)
+
+    def shard(self, tree: Any, role: str | None = None) -> Any:
+        """``tree`` placed by the layout: see ``mw.shard``."""
+        return shard(tree, self.mesh, self.layout, role)
+
+    def for_dims(self, names: set[str]) -> "Place":
+        """The same place, less the rules for dims that a program does not have: making a model meets no batch."""
+        rules = [(name, axes) for name, axes in self.layout.pairs if name in names]
+        return Place(self.mesh, self.layout.replace(rules=rules), self.partitioner)
+
+
+class State(NamedTuple):
+    """What a step changes."""
+
+    model: Decoder
+    optimizer: Any
+    """Optax's state: trees like the model's."""
+
+
+def loss(model: Decoder, batch: Batch) -> jax.Array:
+    """The mean over a batch's tokens of the negative log-probability of the next token, in nats."""
+    logits = model(batch.ids, segments=batch.segments, positions=batch.positions)
+    return mean(cross_entropy(logits, batch.targets, over="vocab"))
+
+
+def model_maker(config: DecoderConfig, place: Place) -> Callable[[jax.Array], Decoder]:
+    """A function of a random key to the first model; each device makes its own slices."""
+
+    def make(key: jax.Array) -> Decoder:
+        return Decoder(config, key=key)
+
+    shapes = jax.eval_shape(make, jax.random.key(0))
+    tensors = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, Tensor))
+    return place.for_dims({name for x in tensors for name in x.names}).region(make)
+
+
+def state_maker(
+    config: DecoderConfig, optimizer: optax.GradientTransformation, place: Place
+) -> Callable[[jax.Array], State]:
+    """A function of a random key to the first state, to be compiled."""
+    make = model_maker(config, place)
+
+    def first(key: jax.Array) -> State:
+        model: Any = make(key)
+        return placed(State(model, optimizer.init(model)), place)
+
+    return first
+
+
+def placed(state: State, place: Place) -> State:
+    """The state as it lies at rest."""
+    return State(place.shard(state.model), place.shard(state.optimizer, OPTIMIZER))
+
+
+def train_step(optimizer: optax.GradientTransformation, place: Place) -> Callable[[State, Batch], tuple[State, Any]]:
+    """The compiled step: a state and a batch to the next state and the loss before it. The state given is used up."""
+    loss_and_gradient = jax.value_and_grad(place.region(loss))
+
+    def step(state: State, batch: Batch) -> tuple[State, jax.Array]:
+        value, gradient = loss_and_gradient(state.model, batch)
+        gradient = place.shard(gradient, OPTIMIZER)
+        model, moved = update(optimizer, gradient, state.optimizer, state.model)
+        return placed(State(model, moved), place), value
+
+    return jax.jit(step, donate_argnums=0)

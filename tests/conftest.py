@@ -1,0 +1,42 @@
+"""What every test runs under: eight virtual CPU devices, strict dtypes and ranks, annotations that are executed.
+
+Warnings are errors (pyproject.toml); ``checked.py`` says what executed annotations are.
+
+The tests compile hundreds of small programs and run each once, so XLA is asked to compile quickly rather than well:
+without LLVM's optimizations, with the older, smaller emitters of loops and in one LLVM module, a program compiles in
+a sixth of the time. Which collectives a program holds does not depend on it. How fast it runs and how much temporary
+memory it takes do: that is measured elsewhere (``benchmarks/``). Flags that already stand in ``XLA_FLAGS`` win.
+
+What was compiled is kept in ``.pytest_cache``, so that the second run of the tests takes half the time of the first.
+(A program read from there says the same in its HLO, but not the source lines.)
+"""
+
+import os
+from pathlib import Path
+
+_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    "--xla_backend_optimization_level": "0",
+    "--xla_backend_extra_options": "xla_cpu_disable_new_fusion_emitters",
+    "--xla_cpu_parallel_codegen_split_count": "1",
+    # Eight devices on a busy machine with two cores may wait for one another longer than the 40 s that XLA allows.
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
+}
+_given = os.environ.get("XLA_FLAGS", "")
+_missing = (f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given)
+os.environ["XLA_FLAGS"] = " ".join((_given, *_missing)).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+from .checked import execute_annotations
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
+jax.config.update("jax_compilation_cache_max_size", 2**30)  # bytes; a limit also makes JAX lock what it reads
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+execute_annotations("meshwright")

@@ -1,0 +1,86 @@
+"""scan, fold, while_loop, cond, remat, vmap, apply and custom gradients, on one device and under every layout."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import meshwright as mw
+
+from .laws import ABC, Way, agree, tensor, ways
+
+A, B, C = mw.dims(a=8, b=8, c=16)
+L, TIME = mw.dims(layers=3, time=14)
+W = tensor(L, mw.Dim("b", 8), mw.Dim("b_out", 8), seed=1, role="parameter") * 0.2
+X = tensor(A, B, C)
+
+
+def _layer(x: Any, w: Any) -> Any:
+    return mw.tanh(mw.dot(x, w, "b").rename(b_out="b")) + x
+
+
+def _scanned(x: Any, w: Any, **options: Any) -> Any:
+    def step(carry: Any, w: Any) -> Any:
+        y = _layer(carry, w)
+        return y, (y.mean("a"), y.sum())
+
+    last, (means, sums) = mw.scan(step, x, w, over="layers", **options)
+    return last, means, sums
+
+
+def _branch(x: Any) -> Any:
+    return mw.cond(x.sum() > 0, lambda x: x * 2, lambda x: mw.dot(x, x, "c").rename(b="d").sum("d").broadcast(B, C), x)
+
+
+@mw.custom_vjp
+def _clipped_gradient(x: Any) -> Any:
+    return x * x
+
+
+_clipped_gradient.defvjp(lambda x: (x * x, x), lambda x, g: (mw.clip(g * x * 2.0, -1.0, 1.0),))
+
+
+def _closing_over(y: Any, x: Any, w: Any) -> Any:
+    return mw.fold(lambda c, w: _layer(c, w) + y, x, w, over="layers")
+
+
+CASES = {
+    "scan": _scanned,
+    "scan reversed": functools.partial(_scanned, reverse=True),
+    "scan unrolled": functools.partial(_scanned, unroll=True),
+    "scan remat": functools.partial(_scanned, remat="nothing"),
+    "scan remat dots": functools.partial(_scanned, remat="dots", unroll=2),
+    "scan over a split dim": lambda x, w: mw.scan(lambda c, xi: (c + xi * xi, c * 0.5 + xi), x.mean("a"), x, over="a"),
+    "scan over the last dim": lambda x, w: mw.scan(lambda c, xi: (mw.sin(c) + xi, c), x.mean("c"), x, over="c"),
+    "scan of scalars": lambda x, w: mw.scan(lambda c, xi: (c + xi, c * xi), jnp.float32(0), x.mean("b c"), over="a"),
+    "scan without xs": lambda x, w: mw.scan(lambda c, _: (mw.cos(c), None), x, over=mw.Dim("steps", 3))[0],
+    "carry in another order": lambda x, w: mw.fold(lambda c, w: _layer(c, w).reorder("c a b"), x, w, over="layers"),
+    "carry with a pending sum": lambda x, w: mw.fold(
+        lambda c, w: c + mw.dot(mw.dot(c, w, "b"), w.rename(b="b2"), "b_out").rename(b2="b"), x, w, over="layers"
+    ),
+    "closure over a pending sum": lambda x, w: _closing_over(mw.dot(x, w.sum("layers"), "b").rename(b_out="b"), x, w),
+    "cond": lambda x, w: _branch(x),
+    "remat": lambda x, w: mw.remat(lambda x, scale, w: _layer(x * scale, w.sum("layers")))(x, 2.0, w),
+    "remat with names": lambda x, w: mw.remat(lambda x: mw.sin(mw.saved(mw.exp(x * 0.1), "power")), save=("power",))(x),
+    "vmap": lambda x, w: mw.vmap(lambda xi, w: mw.softmax(mw.dot(xi, w.sum("layers"), "b"), "c"), "a")(x, w),
+    "vmap to scalars": lambda x, w: mw.vmap(lambda xi: (xi * xi).sum(), "a")(x),
+    "vmap over a scan": lambda x, w: mw.vmap(lambda xi, w: mw.fold(_layer, xi, w, over="layers"), "a")(x, w),
+    "vmap over a new dim": lambda x, w: mw.vmap(lambda: x * 2.0, mw.Dim("n", 2))(),
+    "apply": lambda x, w: mw.apply(jnp.fft.irfft, mw.rename(x, a="whole"), dims_in="whole", dims_out=TIME),
+    "apply to two": lambda x, w: mw.apply(
+        jnp.outer, x.rename(a="i").mean("c"), x.rename(a="j").mean("b"), dims_in=["i", "j"], dims_out="i j"
+    ),
+    "custom gradient": lambda x, w: _clipped_gradient(x),
+    "gradient inside": lambda x, w: jax.grad(lambda x: (x**3).sum() + mw.dot(x, w.mean("layers"), "b").sum())(x),
+    "jit inside": lambda x, w: jax.jit(_layer)(x, w.mean("layers")),
+}
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_control_is_the_same_under_every_layout(part: int) -> None:
+    cases = dict(list(CASES.items())[part::4])
+    over = [*ways(*ABC[1:], partitioners=("names",)), *ways(ABC[5], ABC[8], partitioners=("xla",))]
+    over += [Way("x=2,y=2", "a:x", {"params": p, "gather": g}) for p in ("b:x", "(x,y)") for g in ("use", "step")]
+    agree(cases, X, W, over=over)

@@ -1,0 +1,210 @@
+"""The decoder: its arithmetic against positional JAX written by hand, and its training step under every layout.
+
+The hand-written side (``benchmarks/handwritten.py``) knows nothing of names; the layouts are compared with the step on
+one device without a region. What a step communicates is read from the compiled program.
+"""
+
+import dataclasses
+import functools
+import re
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import meshwright as mw
+from meshwright.models import Decoder, DecoderConfig
+from meshwright.nn import cross_entropy
+
+from .laws import Way, assert_same
+from .stablehlo import communicated
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import handwritten
+
+CONFIG = DecoderConfig(vocab=64, embed=16, layers=2, heads=4, group=2, head_dim=4, ff=32)
+TENSOR = "heads:model, ff:model, vocab:model"
+
+
+def _with_gradient(loss: Any) -> Any:
+    return jax.value_and_grad(loss)
+
+
+def _batch() -> tuple[mw.Tensor, mw.Tensor]:
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab, (8, 17)).astype(np.int32)
+    return mw.Tensor(tokens[:, :-1], "batch length"), mw.Tensor(tokens[:, 1:], "batch length")
+
+
+def _loss(model: Decoder, ids: Any, targets: Any) -> Any:
+    return mw.mean(cross_entropy(model(ids), targets))
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return Decoder(CONFIG, key=jax.random.key(0))
+
+
+def test_the_arithmetic_is_that_of_positional_jax(model: Decoder) -> None:
+    ids, targets = _batch()
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    by_hand = handwritten.jitted_loss(CONFIG, mesh, handwritten.Plan())
+    with jax.numpy_rank_promotion("allow"):
+        expected, wanted = jax.jit(jax.value_and_grad(by_hand))(
+            handwritten.from_decoder(model), ids.array, targets.array
+        )
+    found, gradient = jax.jit(_with_gradient(_loss))(model, ids, targets)
+    assert_same((found, handwritten.from_decoder(gradient)), (expected, wanted), "by hand")
+
+
+# The training step under layouts
+
+LAYOUTS = [
+    ("data=1", "batch:data", {}),
+    ("data=2", "batch:data", {}),
+    ("data=8", "batch:data", {"params": "embed:data"}),
+    ("data=8", "batch:data", {"params": "data", "gather": "step"}),
+    ("model=2", TENSOR, {}),
+    ("model=4", TENSOR + ", residual_length:model", {}),
+    ("data=2,model=4", f"batch:data, {TENSOR}", {}),
+    ("data=4,model=2", f"batch:data, {TENSOR}", {"params": "embed:data"}),
+    ("data=4,model=2", f"batch:data, {TENSOR}, residual_length:model", {"params": "data", "gather": "step"}),
+    ("pod=2,data=2,model=2", f"batch:(pod,data), {TENSOR}", {"params": "(pod,data)"}),
+    ("pod=2,data=4", "batch:(pod,data)", {"params": "embed:data"}),
+    (
+        "data=2,model=2,context=2",
+        f"batch:data, {TENSOR}, length:context, residual_length:context",
+        {"params": "embed:data"},
+    ),
+    ("a=2,b=2,c=2", "group:a, ff:(b,a), vocab:(a,b), batch:c", {"params": "embed:b", "gather": "step"}),
+    ("x=8", "embed:x", {}),
+]
+
+
+def _train(model: Decoder, loss: Any, steps: int = 3) -> Any:
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1))
+    state = model, optimizer.init(cast(Any, model))
+    batch = _batch()
+
+    @jax.jit
+    def step(state: Any) -> Any:
+        model, moments = state
+        value, gradient = jax.value_and_grad(loss)(model, *batch)
+        with jax.numpy_dtype_promotion("standard"):  # Optax adds integers to floats
+            updates, moments = optimizer.update(gradient, moments, model)
+        return (optax.apply_updates(model, updates), moments), value
+
+    losses = []
+    for _ in range(steps):
+        state, value = step(state)
+        losses.append(value)
+    return losses, state[0]
+
+
+@functools.cache
+def _on_one_device() -> Any:
+    return _train(Decoder(CONFIG, key=jax.random.key(0)), _loss)
+
+
+@pytest.mark.parametrize("partitioner", ["names", "xla"])
+@pytest.mark.parametrize(("mesh", "layout", "options"), LAYOUTS, ids=[f"{mesh} {rules}" for mesh, rules, _ in LAYOUTS])
+def test_three_steps_are_the_same_under_every_layout(
+    model: Decoder, mesh: str, layout: str, options: dict[str, Any], partitioner: str
+) -> None:
+    way = Way(mesh, layout, options, partitioner)
+    found = _train(model, way.region(_loss))
+    losses, parameters = _on_one_device()
+    assert_same(found[0], losses, f"{way}: losses")
+    # Adam divides by the root of a second moment near zero: gradients equal to rounding give updates that differ more.
+    assert_same(found[1], parameters, f"{way}: parameters", relative=1e-4)
+
+
+# What a step communicates, from the compiled program
+
+
+def _collectives(text: str) -> dict[str, int]:
+    kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+    return {k: len(re.findall(rf" {k}(?:-start)?\(", text)) for k in kinds}
+
+
+def _shapes(layers: int, **options: Any) -> Decoder:
+    config = dataclasses.replace(CONFIG, layers=layers, unroll=True, **options)
+    return jax.eval_shape(lambda key: Decoder(config, key=key), jax.random.key(0))
+
+
+def _compiled(way: Way, layers: int) -> str:
+    return str(jax.jit(_with_gradient(way.region(_loss))).lower(_shapes(layers), *_batch()).compile().as_text())
+
+
+def test_tensor_parallelism_is_two_all_reduces_a_layer_each_way() -> None:
+    way = Way("model=2", TENSOR)
+    two, three = (_collectives(_compiled(way, n)) for n in (2, 3))
+    assert three["all-reduce"] - two["all-reduce"] == 4
+    assert sum(two.values()) == two["all-reduce"]
+
+
+def test_tensor_parallelism_sums_five_times_besides_the_layers() -> None:
+    """The embedding, and for the loss its maximum, its sum, its target and the gradient of its input."""
+    program = jax.jit(jax.value_and_grad(Way("model=2", TENSOR).region(_loss)))
+    found = communicated(program, _shapes(2), *_batch())
+    assert [kind for kind, _ in found] == ["all_reduce"] * (4 + 5), "the body of the scan over layers stands once"
+
+
+def test_fsdp_reduce_scatters_gradients_and_never_all_reduces_a_parameter() -> None:
+    way = Way("data=4", "batch:data", {"params": "embed:data"})
+    text = _compiled(way, 2)
+    found = _collectives(text)
+    parameters = 3 + 2 * 9
+    assert found["reduce-scatter"] == parameters
+    assert found["all-gather"] >= parameters
+    assert found["all-to-all"] == found["collective-permute"] == 0
+    reduced = re.findall(r"= (\S+) all-reduce(?:-start)?\(", text)
+    assert reduced and all(shape.startswith("f32[]") for shape in reduced), (
+        f"only the loss is all-reduced, found {reduced}"
+    )
+
+
+def test_a_layout_only_renames_devices(model: Decoder) -> None:
+    """Two meshes that say the same with other axis names lower to the same program."""
+    one, two = Way("data=2,model=2", f"batch:data, {TENSOR}"), Way("p=2,q=2", "batch:p, heads:q, ff:q, vocab:q")
+    texts = [
+        _collectives(str(jax.jit(jax.grad(w.region(_loss))).lower(model, *_batch()).compile().as_text()))
+        for w in (one, two)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_sequence_parallelism_has_no_all_reduce_of_activations() -> None:
+    text = _compiled(Way("model=4", TENSOR + ", residual_length:model"), 2)
+    activation = 8 * 16 * 16
+    for shape in re.findall(r"= \(?(?:f32\[)([\d,]*)\]\S* all-reduce(?:-start)?\(", text):
+        size = int(np.prod([int(s) for s in shape.split(",") if s]))
+        assert size < activation // 4, f"an all-reduce of f32[{shape}] in a sequence-parallel layout"
+
+
+def test_initial_values_are_bit_identical_under_a_layout() -> None:
+    """Compiled as users compile: with the tests' fast and rough code, the last bit of a float is XLA's to choose."""
+    way = Way("data=4,model=2", f"batch:data, {TENSOR}", {"params": "embed:data"})
+    options = {"xla_backend_optimization_level": 3, "xla_backend_extra_options": ""}
+
+    def initial(key: Any) -> Decoder:
+        return Decoder(CONFIG, key=key)
+
+    key = jax.random.key(0)
+    found, expected = (
+        jax.jit(f).lower(key).compile(compiler_options=options)(key) for f in (way.region(initial), initial)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_bfloat16_computation_gathers_half_the_bytes() -> None:
+    way = Way("data=4", "batch:data", {"params": "embed:data"})
+    text = jax.jit(way.region(_loss)).lower(_shapes(2, dtype="bfloat16"), *_batch()).as_text()
+    gathered = re.findall(r"stablehlo.all_gather.*?-> tensor<[\dx]*x(\w+)>", text, re.DOTALL)
+    matrices = [d for d in gathered if d == "bf16"]
+    assert len(matrices) == 2 + 7, gathered
+    assert len(gathered) - len(matrices) == 2 + 1, "the norms' scales stay in float32"

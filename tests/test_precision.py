@@ -1,0 +1,49 @@
+"""Mixed precision: what moves is what was cast, and sums across devices are taken in the dtype asked for."""
+
+import re
+from typing import Any
+
+import jax
+
+import meshwright as mw
+
+from .laws import Way, tensor
+
+A, B, C = mw.dims(a=8, b=8, c=16)
+X = tensor(A, B)
+W = tensor(B, C, role="parameter", seed=1)
+
+
+def _loss(w: Any, x: Any) -> Any:
+    y = mw.dot(x.astype("bfloat16"), w.astype("bfloat16"), "b")
+    return mw.mean(mw.tanh(y).astype("float32"))
+
+
+def _moved(way: Way) -> dict[str, set[str]]:
+    """The dtypes that each kind of collective puts in."""
+    text = jax.jit(jax.value_and_grad(way.region(_loss))).lower(W, X).as_text()
+    found: dict[str, set[str]] = {}
+    pattern = r'"stablehlo\.(all_gather|all_reduce|reduce_scatter)"\(.*?[>)] : \(tensor<(?:\d+x)*(\w+)>'
+    for kind, dtype in re.findall(pattern, text, re.DOTALL):
+        found.setdefault(kind, set()).add(dtype)
+    return found
+
+
+def test_a_parameter_is_cast_before_it_is_gathered_and_its_gradient_scattered() -> None:
+    found = _moved(Way("x=4", "a:x", {"params": "c:x"}))
+    assert found == {"all_gather": {"bf16"}, "reduce_scatter": {"bf16"}, "all_reduce": {"f32"}}
+
+
+def test_gradients_are_summed_in_float32_when_asked() -> None:
+    found = _moved(Way("x=4", "a:x", {"params": "c:x", "sums": "float32"}))
+    assert found == {"all_gather": {"bf16"}, "reduce_scatter": {"f32"}, "all_reduce": {"f32"}}
+
+
+def test_gathered_once_a_step_sums_in_float32_too() -> None:
+    found = _moved(Way("x=4", "a:x", {"params": "c:x", "sums": "float32", "gather": "step"}))
+    assert found["reduce_scatter"] == {"f32"}
+
+
+def test_a_contraction_is_summed_in_the_dtype_asked_for() -> None:
+    assert _moved(Way("x=4", "b:x"))["all_reduce"] == {"bf16"}
+    assert _moved(Way("x=4", "b:x", {"sums": "float32"}))["all_reduce"] == {"f32"}
