@@ -356,7 +356,7 @@ b: whole on each of 8 devices
 def test_pictures_stay_narrow(sizes: list[int], owner: list[int]) -> None:
     axes = dict(zip("xyz", sizes, strict=False))
     abstract = Mesh(jax.sharding.AbstractMesh(tuple(sizes), tuple(axes)))
-    these = mw.dims(first=4096, second=8192, third=4096, fourth=65536)
+    these = mw.dims(first=2**18, second=2**19, third=2**20, fourth=2**21)
     rules: dict[str, list[str]] = {}
     for axis, i in zip(axes, owner, strict=False):
         rules.setdefault(these[i].name, []).append(axis)

@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import set_current_trace, take_current_trace
 
 from . import collectives
 from .annotations import annotation
+from .cell import Cell, merge_runs
 from .dims import Dim, Dims, Names, as_dims, as_names, find, index_of, names_of, show, sizes_of
 from .errors import fail, fail_type, nearest
 from .scope import Axes, Scope, Split, current, current_manual, describe
@@ -40,25 +40,6 @@ ACTIVATION = "activation"
 PARAMETER = "parameter"
 Role = str
 _NOTHING: frozenset[str] = frozenset()
-
-
-class Cell:
-    """One array of a region, and what was derived from it, each thing once."""
-
-    __slots__ = ("derived", "raw", "trace")
-
-    def __init__(self, raw: Any) -> None:
-        self.raw = raw
-        self.derived: dict[Any, Any] = {}
-        with take_current_trace() as trace:
-            self.trace = trace
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """``make()``, evaluated once and in the trace in which the array was made."""
-        if key not in self.derived:
-            with set_current_trace(self.trace):
-                self.derived[key] = make()
-        return self.derived[key]
 
 
 class Tensor:
@@ -158,6 +139,16 @@ class Tensor:
             return self.for_use(self.raw, want)
         key = (self.partial, self.rest, self.copies, want)
         return self._cell.once(key, lambda: collectives.vary(self._kept(want), want))
+
+    def merged(self, want: frozenset[str], runs: tuple[int, ...]) -> Any:
+        """``local``, runs of neighbouring dims merged into one: ``runs`` says how many dims each new one is made of."""
+        array = self.local(want)
+        if len(runs) == array.ndim:
+            return array
+        if self.scope is None or (self.rest is not None and self.role == PARAMETER):
+            return merge_runs(array, runs)
+        key = ("merged", self.partial, self.rest, self.copies, want, runs)
+        return self._cell.once(key, lambda: merge_runs(array, runs))
 
     def for_use(self, raw: Any, want: frozenset[str]) -> Any:
         """What ``local`` gives for a parameter at rest whose slice held is ``raw``."""

@@ -10,7 +10,6 @@ each contracted dim that is split leaves addends; their sum is pending in the re
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import opt_einsum
 
+from ..cell import merge_runs
 from ..dims import Dims, Names, as_names, check_unique, find, names_of, show, sizes_of, union, without
 from ..errors import fail, fail_type, nearest
 from ..scope import Axes, current_manual
-from ..tensor import Tensor, make
-from .lowering import check_operand, copied, run, wanted
+from ..tensor import PARAMETER, Tensor, make
+from .lowering import check_operand, copied, local_sizes, run, wanted
 
 
 def einsum(*tensors: Tensor, out: Names, preferred_element_type: Any = None, precision: Any = None) -> Any:
@@ -54,13 +54,18 @@ def einsum(*tensors: Tensor, out: Names, preferred_element_type: Any = None, pre
     check_unique(kept, "einsum: out")
     recipe = _chain(tuple(x.dims for x in tensors), kept)
     dtype = jnp.result_type(*(x.dtype for x in tensors))
+    sizes = dict(zip(names_of(every), local_sizes(every, f"{asked}, its operands together"), strict=True))
     product = functools.partial(
-        _run_chain, recipe, dtype, preferred_element_type=preferred_element_type, precision=precision
+        _run_chain, recipe, sizes, dtype, preferred_element_type=preferred_element_type, precision=precision
     )
     summed = without(every, names)
     want = wanted(f"{asked}, its operands together", every)
     copies = copied(tensors, want)
-    result = run(product, tensors, want.union(copies), again=True)
+    again = any(
+        x.role == PARAMETER and (x.dtype != dtype or len(runs) < x.ndim)
+        for x, runs in zip(tensors, recipe.runs, strict=True)
+    )
+    result = run(product, tensors, want.union(copies), again=again, runs=recipe.runs)
     return make(result, kept, asked=asked, partial=_axes_of(summed), copies=copies)
 
 
@@ -117,8 +122,8 @@ class _Step:
 
     left: int
     right: int
-    left_groups: tuple[tuple[str, ...], ...]
-    right_groups: tuple[tuple[str, ...], ...]
+    left_runs: tuple[int, ...]
+    right_runs: tuple[int, ...]
     numbers: Any
     out: tuple[str, ...]
 
@@ -126,21 +131,31 @@ class _Step:
 @dataclass(frozen=True)
 class _Chain:
     steps: tuple[_Step, ...]
-    names: tuple[tuple[str, ...], ...]
+    first: tuple[str, ...]
+    """The names of the first operand."""
     out: tuple[str, ...]
+    runs: tuple[tuple[int, ...], ...]
+    """For each operand, how its dims are merged before its product: the number of dims in each merged one."""
 
 
 @functools.lru_cache(maxsize=4096)
 def _chain(operands: tuple[Dims, ...], out: Dims) -> _Chain:
     names = [names_of(these) for these in operands]
     steps = []
+    runs = [(1,) * len(x) for x in names]
     pool = list(names)
+    operand: list[int | None] = list(range(len(names)))
     for left, right in _pairs(operands, out):
         later = {n for i, x in enumerate(pool) if i not in (left, right) for n in x} | set(names_of(out))
         step = _step(pool, left, right, later)
         steps.append(step)
+        for i, merged in ((left, step.left_runs), (right, step.right_runs)):
+            number = operand[i]
+            if number is not None:
+                runs[number] = merged
         pool = [x for i, x in enumerate(pool) if i not in (left, right)] + [step.out]
-    return _Chain(tuple(steps), tuple(names), names_of(out))
+        operand = [n for i, n in enumerate(operand) if i not in (left, right)] + [None]
+    return _Chain(tuple(steps), names[0], names_of(out), tuple(runs))
 
 
 def _pairs(operands: tuple[Dims, ...], out: Dims) -> list[tuple[int, int]]:
@@ -173,7 +188,7 @@ def _step(pool: Sequence[tuple[str, ...]], i: int, j: int, later: set[str]) -> _
         ),
     )
     free = [n for n in left if n not in batch | summed] + [n for n in right if n not in batch | summed]
-    return _Step(i, j, left_groups, right_groups, numbers, (*batch_names, *free))
+    return _Step(i, j, tuple(map(len, left_groups)), tuple(map(len, right_groups)), numbers, (*batch_names, *free))
 
 
 def _groups(
@@ -197,28 +212,24 @@ def _follows(names: tuple[str, ...], first: str | None, second: str) -> bool:
     return any(pair == (first, second) for pair in itertools.pairwise(names))
 
 
-def _run_chain(chain: _Chain, dtype: Any, *arrays: Any, preferred_element_type: Any, precision: Any) -> Any:
-    pool = [(names, array.astype(dtype)) for names, array in zip(chain.names, arrays, strict=True)]
+def _run_chain(
+    chain: _Chain, sizes: dict[str, int], dtype: Any, *arrays: Any, preferred_element_type: Any, precision: Any
+) -> Any:
+    """The products, one after the other. An array comes with its dims as they are, or merged already."""
+    pool = [x if x.dtype == dtype else x.astype(dtype) for x in arrays]
     for step in chain.steps:
-        (left_names, left), (right_names, right) = pool[step.left], pool[step.right]
-        sizes = dict(zip(left_names, left.shape, strict=True)) | dict(zip(right_names, right.shape, strict=True))
         result = jax.lax.dot_general(
-            _merged(left, step.left_groups, sizes),
-            _merged(right, step.right_groups, sizes),
+            merge_runs(pool[step.left], step.left_runs),
+            merge_runs(pool[step.right], step.right_runs),
             step.numbers,
             precision=precision,
             preferred_element_type=preferred_element_type,
         )
         shape = tuple(sizes[n] for n in step.out)
-        result = result.reshape(shape) if result.shape != shape else result
-        pool = [x for k, x in enumerate(pool) if k not in (step.left, step.right)] + [(step.out, result)]
-    names, array = pool[0]
+        result = jax.lax.reshape(result, shape) if result.shape != shape else result
+        pool = [x for k, x in enumerate(pool) if k not in (step.left, step.right)] + [result]
+    names = chain.steps[-1].out if chain.steps else chain.first
+    array = pool[0]
     if not chain.steps and preferred_element_type is not None:
         array = array.astype(preferred_element_type)
     return array if names == chain.out else jnp.transpose(array, [names.index(n) for n in chain.out])
-
-
-def _merged(array: Any, groups: tuple[tuple[str, ...], ...], sizes: dict[str, int]) -> Any:
-    if len(groups) == array.ndim:
-        return array
-    return array.reshape(tuple(math.prod(sizes[n] for n in g) for g in groups))

@@ -139,7 +139,7 @@ def _gathered(asked: str, x: Any, ids_by_name: dict[str, Ids]) -> Any:
             columns.append(align(from_start(part, x.size(name)), these, picked))
         return _looked_up(array, columns, meeting, split)
 
-    result = run(local, [x, *tensors], wanted(asked, x.dims, out))
+    result = run(local, [x, *tensors], wanted(asked, x.dims, out), linear=True)
     return make(result, out, asked=asked, partial=tuple(a for a in split if a not in meeting.joined))
 
 

@@ -71,28 +71,46 @@ def local_sizes(these: Dims, asked: str) -> tuple[int, ...]:
     return scope.local_sizes(these, scope.split(these, asked))
 
 
-def run(function: Callable[..., Any], tensors: Sequence[Tensor], want: frozenset[str], *, again: bool = False) -> Any:
+def run(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    want: frozenset[str],
+    *,
+    again: bool = False,
+    linear: bool = False,
+    runs: Sequence[tuple[int, ...]] | None = None,
+) -> Any:
     """``function`` of the tensors' local arrays.
 
     Where a parameter has to be gathered, or made to vary, for this use, that is done again in the backward pass: what
-    is kept for it is the parameter as it rests, and the other operands. ``again`` asks for it with every parameter:
-    for a function that only rearranges its operands before a product, the rearranged ones are then not kept beside
-    the operands themselves.
+    is kept for it is the parameter as it rests, and the other operands. ``again`` asks for it where nothing is gathered
+    too: for a function that rearranges a parameter before a product, the rearranged one is then not kept beside it.
+    ``linear``: the gradient needs no value of a parameter, so nothing of one is kept and nothing done again.
+    ``runs`` asks for the other operands with runs of dims merged (``Tensor.merged``).
     """
+    merges = runs or (None,) * len(tensors)
     held = [_as_it_rests(x, want) for x in tensors]
-    if not any(held) and not (again and any(x.role == PARAMETER for x in tensors)):
-        return function(*(x.local(want) for x in tensors))
+    if linear or (not again and not any(held)):
+        return function(*(_local(x, want, merge) for x, merge in zip(tensors, merges, strict=True)))
 
     def prepare_and_run(*arrays: Any) -> Any:
         ready = (x.for_use(a, want) if rests else a for a, x, rests in zip(arrays, tensors, held, strict=True))
         return function(*ready)
 
-    arrays = (x.raw if rests else x.local(want) for x, rests in zip(tensors, held, strict=True))
+    arrays = [
+        x.raw if rests else x.local(want) if x.role == PARAMETER else _local(x, want, merge)
+        for x, rests, merge in zip(tensors, held, merges, strict=True)
+    ]
     return jax.checkpoint(prepare_and_run)(*arrays)
 
 
+def _local(x: Tensor, want: frozenset[str], runs: tuple[int, ...] | None) -> Any:
+    return x.local(want) if runs is None else x.merged(want, runs)
+
+
 def _as_it_rests(x: Tensor, want: frozenset[str]) -> bool:
-    if x.role != PARAMETER or x.scope is None or x.copies:
+    """Whether the parameter is passed on as it rests. A vector is not: keeping it costs less than gathering it."""
+    if x.role != PARAMETER or x.scope is None or x.copies or x.ndim == 1:
         return False
     return x.rest is not None or not want <= collectives.varies_over(x.raw)
 
