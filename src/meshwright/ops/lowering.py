@@ -7,6 +7,7 @@ backward pass, it is gathered again there, as FSDP does.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -71,6 +72,19 @@ def local_sizes(these: Dims, asked: str) -> tuple[int, ...]:
     return scope.local_sizes(these, scope.split(these, asked))
 
 
+_done_again = jax.make_user_context(False)
+
+
+def done_again() -> bool:
+    """Whether what is being traced runs again in the backward pass, and keeps no form of a parameter for it."""
+    return _done_again.value  # type: ignore[no-any-return]
+
+
+def doing_again() -> AbstractContextManager[None]:
+    """A context in which ``done_again()`` is true."""
+    return _done_again(True)  # type: ignore[no-any-return]
+
+
 def run(
     function: Callable[..., Any],
     tensors: Sequence[Tensor],
@@ -86,11 +100,12 @@ def run(
     is kept for it is the parameter as it rests, and the other operands. ``again`` asks for it where nothing is gathered
     too: for a function that rearranges a parameter before a product, the rearranged one is then not kept beside it.
     ``linear``: the gradient needs no value of a parameter, so nothing of one is kept and nothing done again.
+    Inside a rematerialised function all of this is done again as it is.
     ``runs`` asks for the other operands with runs of dims merged (``Tensor.merged``).
     """
     merges = runs or (None,) * len(tensors)
     held = [_as_it_rests(x, want) for x in tensors]
-    if linear or (not again and not any(held)):
+    if linear or done_again() or not (again or any(held)):
         return function(*(_local(x, want, merge) for x, merge in zip(tensors, merges, strict=True)))
 
     def prepare_and_run(*arrays: Any) -> Any:

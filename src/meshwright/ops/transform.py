@@ -7,6 +7,7 @@ function on named arrays.
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from ..dims import Dim, Dims, Names, as_dims, as_names, find, index_of, show, un
 from ..errors import fail, fail_type, nearest
 from ..scope import current_manual
 from ..tensor import ACTIVATION, PARAMETER, Tensor, check_home, make
-from .lowering import align, check_operand, run, split_of, wanted
+from .lowering import align, check_operand, doing_again, run, split_of, wanted
 
 POLICIES: dict[str, Any] = {
     "nothing": None,
@@ -43,6 +44,7 @@ def remat(f: Callable[..., Any], save: Any = "nothing", *, in_loop: bool = False
         ValueError: ``save`` names no policy.
     """
     policy = _never_gathered(_policy(save))
+    context = doing_again if _keeps_results_only(save) else nullcontext
 
     @functools.wraps(f)
     def run_again(*args: Any, **kwargs: Any) -> Any:
@@ -54,12 +56,18 @@ def remat(f: Callable[..., Any], save: Any = "nothing", *, in_loop: bool = False
             all_args, all_kwargs = jax.tree.unflatten(
                 tree, [next(given) if d else x for d, x in zip(dynamic, leaves, strict=True)]
             )
-            return f(*all_args, **all_kwargs)
+            with context():
+                return f(*all_args, **all_kwargs)
 
         arrays = [x for d, x in zip(dynamic, leaves, strict=True) if d]
         return jax.checkpoint(on_arrays, policy=policy, prevent_cse=not in_loop)(*arrays)
 
     return run_again
+
+
+def _keeps_results_only(save: Any) -> bool:
+    """Whether no form of a parameter can be among what is saved, so that each is made once for a backward pass."""
+    return save is True or isinstance(save, tuple | list) or save in ("nothing", "dots", "dots_no_batch")
 
 
 def _policy(save: Any) -> Any:
