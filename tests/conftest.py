@@ -6,13 +6,9 @@ The tests compile hundreds of small programs and run each once, so XLA is asked 
 without LLVM's optimizations, with the older, smaller emitters of loops and in one LLVM module, a program compiles in
 a sixth of the time. Which collectives a program holds does not depend on it. How fast it runs and how much temporary
 memory it takes do: that is measured elsewhere (``benchmarks/``). Flags that already stand in ``XLA_FLAGS`` win.
-
-What was compiled is kept in ``.pytest_cache``, so that the second run of the tests takes half the time of the first.
-(A program read from there says the same in its HLO, but not the source lines.)
 """
 
 import os
-from pathlib import Path
 
 _FLAGS = {
     "--xla_force_host_platform_device_count": "8",
@@ -33,10 +29,5 @@ from .checked import execute_annotations
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
-jax.config.update("jax_compilation_cache_max_size", 2**30)  # bytes; a limit also makes JAX lock what it reads
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 execute_annotations("meshwright")

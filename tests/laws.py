@@ -152,7 +152,7 @@ def assert_same(found: Any, expected: Any, what: str, relative: float = RELATIVE
         assert a.dtype == b.dtype and a.shape == b.shape, f"{place}: {a.dtype}{a.shape} is not {b.dtype}{b.shape}"
         if np.issubdtype(a.dtype, np.inexact) or a.dtype.name == "bfloat16":
             a, b = (x.astype(np.complex128 if np.iscomplexobj(x) else np.float64) for x in (a, b))
-            scale = max(1.0, float(np.max(np.abs(b[np.isfinite(b)]), initial=0.0)))
+            scale = float(np.max(np.abs(b[np.isfinite(b)]), initial=0.0))
             np.testing.assert_allclose(a, b, rtol=relative, atol=relative * scale, err_msg=place)
         else:
             np.testing.assert_array_equal(a, b, err_msg=place)

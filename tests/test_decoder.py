@@ -85,7 +85,8 @@ LAYOUTS = [
 
 
 def _train(model: Decoder, loss: Any, steps: int = 3) -> Any:
-    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1))
+    # With a tiny epsilon Adam's first updates are the signs of the gradients, and a sign magnifies rounding.
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, eps=1e-3, weight_decay=0.1))
     state = model, optimizer.init(cast(Any, model))
     batch = _batch()
 
@@ -116,10 +117,7 @@ def test_three_steps_are_the_same_under_every_layout(
 ) -> None:
     way = Way(mesh, layout, options, partitioner)
     found = _train(model, way.region(_loss))
-    losses, parameters = _on_one_device()
-    assert_same(found[0], losses, f"{way}: losses")
-    # Adam divides by the root of a second moment near zero: gradients equal to rounding give updates that differ more.
-    assert_same(found[1], parameters, f"{way}: parameters", relative=1e-4)
+    assert_same(found, _on_one_device(), f"{way}: losses and parameters")
 
 
 # What a step communicates, from the compiled program
@@ -131,7 +129,7 @@ def _collectives(text: str) -> dict[str, int]:
 
 
 def _shapes(layers: int, **options: Any) -> Decoder:
-    config = dataclasses.replace(CONFIG, layers=layers, unroll=True, **options)
+    config = dataclasses.replace(CONFIG, **{"layers": layers, "unroll": True, **options})
     return jax.eval_shape(lambda key: Decoder(config, key=key), jax.random.key(0))
 
 
@@ -165,6 +163,16 @@ def test_fsdp_reduce_scatters_gradients_and_never_all_reduces_a_parameter() -> N
     assert reduced and all(shape.startswith("f32[]") for shape in reduced), (
         f"only the loss is all-reduced, found {reduced}"
     )
+
+
+def test_rematerialised_layers_gather_a_parameter_once_for_their_backward_pass() -> None:
+    """Twice in all, as FSDP does: not once for what is computed again and once more for the gradients."""
+    way = Way("data=4", "batch:data", {"params": "embed:data"})
+    program = jax.jit(jax.value_and_grad(way.region(_loss)))
+    for policy in ("nothing", "dots"):
+        found = communicated(program, _shapes(2, remat=policy, unroll=False), *_batch())
+        matrices = [size for kind, size in found if kind == "all_gather" and size > CONFIG.embed]
+        assert len(matrices) == 2 * 7 + 2 + 1, f"{policy}: seven in a layer, the table once, the head twice"
 
 
 def test_a_layout_only_renames_devices(model: Decoder) -> None:

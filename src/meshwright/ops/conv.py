@@ -36,7 +36,7 @@ from jax import lax
 from ..dims import Dims, Names, as_names, find, index_of, names_of, show, union, without
 from ..errors import fail, nearest
 from ..scope import Axes, Split
-from ..tensor import Tensor, gathered, make
+from ..tensor import PARAMETER, Tensor, gathered, make
 from .lowering import align, check_operand, run, split_of, wanted
 from .strides import ByName, Padding, Reach, Stretch, make_reaches, resized_dims, skipped, stretch, summed_in
 
@@ -216,17 +216,21 @@ def _convolved(
     at = [len(roles.batch) + i for i in range(len(reaches))]
     depthwise = not roles.inputs + roles.outputs and math.prod(roles.taps.values()) <= FEW_TAPS
 
-    def local(lhs: Any, rhs: Any) -> Any:
+    def reach(lhs: Any) -> Stretch:
+        return stretch(align(lhs, x.dims, roles.lhs).astype(dtype), reaches, at)
+
+    reached = run(reach, [x], want, linear=True)
+
+    def local(rhs: Any) -> Any:
         rhs = gathered(rhs, _only(kernel.dims, roles.windows, asked), want, x.scope)
-        lhs, rhs = align(lhs, x.dims, roles.lhs).astype(dtype), align(rhs, kernel.dims, roles.rhs).astype(dtype)
-        reached = stretch(lhs, reaches, at)
+        rhs = align(rhs, kernel.dims, roles.rhs).astype(dtype)
         if depthwise:
             out = _sum_of_products(reached, rhs, roles, reaches, preferred)
         else:
             out = _product(reached, rhs, roles, reaches, preferred, precision)
         return align(skipped(out, reaches, at, reached.skips), made, kept)
 
-    result = run(local, [x, kernel], want, again=True)
+    result = run(local, [kernel], want, again=kernel.role == PARAMETER)
     return make(result, kept, asked=asked, partial=_axes_of(roles.inputs, asked))
 
 
