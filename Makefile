@@ -4,7 +4,7 @@
 #
 #   make train              train a small language model          ARGS="--devices 8 --layout batch:data"
 #   make test               lint, types, then the tests           ARGS="-k einsum" goes to pytest
-#   make test-all           the same with the tests marked slow
+#   make test-all           the same with the tests marked slow, and new examples drawn
 #   make docs               run the code in README.md, docs/ and the docstrings
 #   make lint types format  one of the parts
 #   make constraints        pin the newest versions that pyproject.toml allows
@@ -34,7 +34,7 @@ train: $(VENV)/installed
 test: lint types tests
 
 test-all: lint types $(VENV)/installed-dev
-	$(PYTEST) -m "" $(ARGS)
+	$(PYTEST) -m "" --hypothesis-profile=default $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

@@ -6,6 +6,9 @@ The tests compile hundreds of small programs and run each once, so XLA is asked 
 without LLVM's optimizations, with the older, smaller emitters of loops and in one LLVM module, a program compiles in
 a sixth of the time. Which collectives a program holds does not depend on it. How fast it runs and how much temporary
 memory it takes do: that is measured elsewhere (``benchmarks/``). Flags that already stand in ``XLA_FLAGS`` win.
+
+Hypothesis draws the same examples every time, so that a change is judged by what it changes; ``make test-all`` draws
+new ones.
 """
 
 import os
@@ -23,11 +26,15 @@ _missing = (f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _
 os.environ["XLA_FLAGS"] = " ".join((_given, *_missing)).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 
 from .checked import execute_annotations
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 execute_annotations("meshwright")

@@ -20,7 +20,8 @@ _LIBRARIES = tuple(
 )
 
 
-def _belongs_to_a_library(filename: str) -> bool:
+def belongs_to_a_library(filename: str) -> bool:
+    """Whether a file is this package's, a library's that calls through it, or Python's own: not the user's program."""
     if filename.startswith((_PACKAGE, _SCRIPTS)) or "<" in filename:
         return True
     if filename.startswith(_STDLIB) and "site-packages" not in filename:
@@ -32,7 +33,7 @@ def user_frame() -> tuple[str, int] | None:
     """The file and line of the innermost frame of the user's program, or None at an interactive prompt."""
     frame = sys._getframe(1)
     while frame is not None:
-        if not _belongs_to_a_library(frame.f_code.co_filename):
+        if not belongs_to_a_library(frame.f_code.co_filename):
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return None

@@ -22,6 +22,7 @@ computed in the trace that made the tensor, wherever the first use stands.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -138,7 +139,8 @@ class Tensor:
         if self.rest is not None and self.role == PARAMETER:
             return self.for_use(self.raw, want)
         key = (self.partial, self.rest, self.copies, want)
-        return self._cell.once(key, lambda: collectives.vary(self._kept(want), want))
+        with told(self.dims):
+            return self._cell.once(key, lambda: collectives.vary(self._kept(want), want))
 
     def merged(self, want: frozenset[str], runs: tuple[int, ...]) -> Any:
         """``local``, runs of neighbouring dims merged into one: ``runs`` says how many dims each new one is made of."""
@@ -153,8 +155,9 @@ class Tensor:
     def for_use(self, raw: Any, want: frozenset[str]) -> Any:
         """What ``local`` gives for a parameter at rest whose slice held is ``raw``."""
         unwanted = tuple(a for a in self.copies if a not in want)
-        array = gathered(raw, self.rest, want, self.scope)
-        return collectives.vary(collectives.from_first(array, unwanted) if unwanted else array, want)
+        with told(self.dims):
+            array = gathered(raw, self.rest, want, self.scope)
+            return collectives.vary(collectives.from_first(array, unwanted) if unwanted else array, want)
 
     @property
     def pending(self) -> Axes:
@@ -349,8 +352,8 @@ class Tensor:
         """The dims in another order; ``...`` stands for the rest."""
         return OPS["reorder"](self, *names)
 
-    def broadcast(self, *dims: Dim) -> Any:
-        """The tensor repeated along new dims, which come first."""
+    def broadcast(self, *dims: Dim | Iterable[Dim]) -> Any:
+        """The tensor repeated along new dims (or a tuple of them), which come first."""
         return OPS["broadcast"](self, *dims)
 
     def slice(self, name: str, start: Any, size: int) -> Any:
@@ -476,6 +479,11 @@ def make(
         rest = None
     _set(t, Cell(raw), these, role, scope, rest, partial, copies)
     return t
+
+
+def told(these: Dims) -> AbstractContextManager[None]:
+    """A context in which the program's operations carry the names of a tensor: profilers and the plan show them."""
+    return jax.named_scope(f"mw[{' '.join(names_of(these))}]")  # type: ignore[no-any-return]
 
 
 def same_cell(x: Tensor, these: Dims) -> Any:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import opt_einsum
 
+from .. import collectives
 from ..cell import merge_runs
 from ..dims import Dims, Names, as_names, check_unique, find, names_of, show, sizes_of, union, without
 from ..errors import fail, fail_type, nearest
@@ -66,7 +67,10 @@ def einsum(*tensors: Tensor, out: Names, preferred_element_type: Any = None, pre
         for x, runs in zip(tensors, recipe.runs, strict=True)
     )
     result = run(product, tensors, want.union(copies), again=again, runs=recipe.runs)
-    return make(result, kept, asked=asked, partial=_axes_of(summed), copies=copies)
+    axes = _axes_of(summed)
+    if axes and result.dtype == jnp.bool_:  # a sum of booleans is "or", which no device can leave to a later addition
+        return make(collectives.all_max(result.astype(jnp.int32), axes) > 0, kept, asked=asked, copies=copies)
+    return make(result, kept, asked=asked, partial=axes, copies=copies)
 
 
 def dot(x: Tensor, w: Tensor, over: Names, *, preferred_element_type: Any = None, precision: Any = None) -> Any:
@@ -148,8 +152,11 @@ def _chain(operands: tuple[Dims, ...], out: Dims) -> _Chain:
     for left, right in _pairs(operands, out):
         later = {n for i, x in enumerate(pool) if i not in (left, right) for n in x} | set(names_of(out))
         step = _step(pool, left, right, later)
+        swapped = _step(pool, right, left, later)
+        if len(pool) == 2 and step.out != swapped.out == names_of(out):
+            step = swapped  # the product the other way round comes out in the order asked for: nothing to transpose
         steps.append(step)
-        for i, merged in ((left, step.left_runs), (right, step.right_runs)):
+        for i, merged in ((step.left, step.left_runs), (step.right, step.right_runs)):
             number = operand[i]
             if number is not None:
                 runs[number] = merged

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import source_info_util
 
 from .. import collectives
 from ..dims import Dim, Dims, Names, as_names, index_of, names_of, show
@@ -108,9 +109,12 @@ def run(
     if linear or done_again() or not (again or any(held)):
         return function(*(_local(x, want, merge) for x, merge in zip(tensors, merges, strict=True)))
 
+    line = source_info_util.current().traceback  # JAX forgets it: a rematerialised function is traced by itself.
+
     def prepare_and_run(*arrays: Any) -> Any:
-        ready = (x.for_use(a, want) if rests else a for a, x, rests in zip(arrays, tensors, held, strict=True))
-        return function(*ready)
+        with source_info_util.user_context(line, name_stack=source_info_util.current_name_stack()):
+            ready = (x.for_use(a, want) if rests else a for a, x, rests in zip(arrays, tensors, held, strict=True))
+            return function(*ready)
 
     arrays = [
         x.raw if rests else x.local(want) if x.role == PARAMETER else _local(x, want, merge)

@@ -4,6 +4,7 @@ None of these changes a value. On one device they are transposes or nothing; in 
 split, and then, and only then, data moves (``relayout.py`` has the table).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def reorder(x: Any, *names: Any) -> Any:
         at = listed.index(...)
         listed[at : at + 1] = [n for n in x.names if n not in named]
     if len(listed) != x.ndim or set(listed) != set(x.names):
-        asked = ", ".join(map(str, listed))
+        asked = ", ".join("..." if n is ... else str(n) for n in listed)
         raise fail(f"reorder: ({asked}) is not an order of ({show(x.dims)}); use ... for the rest.")
     order = [x.names.index(n) for n in listed]
     after = tuple(x.dims[i] for i in order)
@@ -74,14 +75,15 @@ def reorder(x: Any, *names: Any) -> Any:
 
 
 @operator("broadcast")
-def broadcast(x: Any, *dims: Dim) -> Any:
-    """``x`` repeated along new dims, which come first; each device makes its slice.
+def broadcast(x: Any, *dims: Dim | Iterable[Dim]) -> Any:
+    """``x`` repeated along new dims (or a tuple of them), which come first; each device makes its slice.
 
     Raises:
         ValueError: ``x`` has one of the names already.
     """
     check_operand(x, "broadcast")
-    new = as_dims(dims[0] if len(dims) == 1 and not isinstance(dims[0], Dim) else dims)
+    listed: Any = dims[0] if len(dims) == 1 else dims
+    new = as_dims(listed)
     if not isinstance(x, Tensor):
         x = vary(jnp.asarray(x), wanted("broadcast", new))
         return make(jnp.broadcast_to(x, local_sizes(new, "broadcast")), new, asked="broadcast") if new else x

@@ -133,5 +133,8 @@ def _parts(whole: Dim, sizes: dict[str, int]) -> Dims:
         known = whole.size
     if (unknown and -1 in sizes.values()) or known != whole.size:
         product = " x ".join(f"{n}={s}" for n, s in sizes.items())
-        raise fail(f"split: {product} does not make {whole.name}={whole.size}: {known} is not {whole.size}.")
+        reason = (
+            f"{whole.size} is not a multiple of {known}" if -1 in sizes.values() else f"{known} is not {whole.size}"
+        )
+        raise fail(f"split: {product} does not make {whole.name}={whole.size}: {reason}.")
     return tuple(Dim(n, s) for n, s in sizes.items())

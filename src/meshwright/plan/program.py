@@ -1,0 +1,446 @@
+"""A program: what one device does, in order, read from a trace.
+
+``jax.jit(fn).trace(*args)`` says everything about a program before it is lowered: each operation, with the shapes of
+one device's slices inside a region and of whole arrays outside. Here that becomes one tree: blocks of operations, loops
+with their lengths, choices between branches; calls are opened where they stand. Whole arrays become slices too, by the
+shardings of the arguments, which elementwise operations pass on (``outside.py``): so every size is that of one device.
+
+What the plan says (traffic, work, memory, time) is read from this tree by functions that know nothing of JAX.
+
+    jit(step)                        Block
+      shard_map(...)                   opened: local shapes
+        scan(length=32)                  Loop(32, Block)
+          remat(...)                       opened
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ..scope import Split
+from . import outside
+from .origin import Origin, origin_of
+
+Sizes = dict[str, int]
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """An array as one device holds it."""
+
+    shape: tuple[int, ...]
+    """Of the slice."""
+    dtype: Any
+    varying: frozenset[str] = frozenset()
+    """Inside a region: the axes over which devices hold different values."""
+    split: Split = ()
+    """Outside: over which axes each dim is split."""
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+
+@dataclass(eq=False, slots=True)
+class Op:
+    """One operation on one device."""
+
+    name: str
+    """JAX's primitive."""
+    params: dict[str, Any]
+    ins: tuple[Value | None, ...]
+    """What it reads; None for constants written into the program."""
+    outs: tuple[Value, ...]
+    origin: Origin
+    sizes: Sizes
+    """The mesh's axes inside a region; empty outside."""
+
+
+@dataclass(eq=False, slots=True)
+class Loop:
+    """A body that runs several times."""
+
+    body: "Block"
+    length: int | None
+    """How often; None when that depends on values (a while loop)."""
+    consts: tuple[Value | None, ...]
+    """What the body reads and each turn finds the same, in the order of its first inputs."""
+    carry: tuple[Value | None, ...]
+    """The first values of what turns hand on; then come the body's inputs for them."""
+    scanned: tuple[Value | None, ...]
+    """Stacks of which each turn reads its slice; the body's last inputs."""
+    outs: tuple[Value, ...]
+    """The carry after the last turn, then the stacks of what each turn gives."""
+    origin: Origin
+
+
+@dataclass(eq=False, slots=True)
+class Choice:
+    """Branches of which one runs."""
+
+    branches: tuple["Block", ...]
+    ins: tuple[Value | None, ...]
+    outs: tuple[Value, ...]
+    origin: Origin
+
+
+Node = Op | Loop | Choice
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    """Operations in order."""
+
+    ins: tuple[Value, ...]
+    nodes: list[Node]
+    outs: tuple[Value | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Argument:
+    """One array that the program is given."""
+
+    path: str
+    value: Value
+    role: str
+    """The role of its tensor; "" for an array without names."""
+    names: tuple[str, ...]
+    donated: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A traced function."""
+
+    block: Block
+    arguments: tuple[Argument, ...]
+    traced: Any
+    """JAX's ``Traced``, which can be lowered and compiled."""
+    sizes: Sizes
+    """Every axis of the mesh, and its size."""
+    unknown: tuple[Op, ...]
+    """Operations outside every region whose communication is XLA's to choose."""
+
+
+@dataclass
+class _Reader:
+    """Turns a jaxpr into blocks."""
+
+    sizes: Sizes = field(default_factory=dict)
+    unknown: list[Op] = field(default_factory=list)
+
+    def block(self, jaxpr: Jaxpr, given: Sequence[Value | None], chain: tuple[Any, ...], inside: Sizes) -> Block:
+        """``jaxpr`` on the values ``given``."""
+        env = dict(zip(jaxpr.invars, given, strict=True))
+        nodes: list[Node] = []
+        for eqn in jaxpr.eqns:
+            ins = tuple(None if isinstance(v, Literal) else env.get(v) for v in eqn.invars)
+            outs = self._node(eqn, ins, (eqn.source_info, *chain), inside, nodes)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        results = tuple(None if isinstance(v, Literal) else env.get(v) for v in jaxpr.outvars)
+        return Block(tuple(v for v in given if v is not None), nodes, results)
+
+    def _node(
+        self, eqn: Any, ins: tuple[Value | None, ...], chain: tuple[Any, ...], inside: Sizes, nodes: list[Node]
+    ) -> Sequence[Value | None]:
+        """Append what ``eqn`` does; its results."""
+        name, params = eqn.primitive.name, eqn.params
+        if name == "shard_map":
+            return self._region(eqn, ins, chain, nodes)
+        if name == "scan":
+            return self._scan(eqn, ins, chain, inside, nodes)
+        if name == "while":
+            return self._while(eqn, ins, chain, inside, nodes)
+        if name == "cond":
+            return self._cond(eqn, ins, chain, inside, nodes)
+        if (called := _called(name, params)) is not None:
+            jaxpr = called.jaxpr if isinstance(called, ClosedJaxpr) else called
+            consts = [_whole(c) for c in called.consts] if isinstance(called, ClosedJaxpr) else []
+            inner = self.block(_with_consts(jaxpr), [*consts, *ins[len(ins) - len(jaxpr.invars) :]], chain, inside)
+            nodes.extend(inner.nodes)
+            return inner.outs
+        outs = self._results(eqn, ins, inside)
+        op = Op(name, params, ins, outs, origin_of(chain, name, bool(inside)), inside)
+        if not inside:
+            self._outside(op, eqn, nodes)
+        nodes.append(op)
+        return op.outs
+
+    def _results(self, eqn: Any, ins: Sequence[Value | None], inside: Sizes) -> tuple[Value, ...]:
+        if inside:
+            return tuple(_local(v.aval) for v in eqn.outvars)
+        splits = outside.splits(eqn, [v.split if v is not None else () for v in ins])
+        return tuple(_slice(v.aval, split, self.sizes) for v, split in zip(eqn.outvars, splits, strict=True))
+
+    def _outside(self, op: Op, eqn: Any, nodes: list[Node]) -> None:
+        """What XLA's partitioner adds to an operation on split arrays."""
+        added, known = outside.communication(op.name, op.params, op.ins, op.outs)
+        if not known:
+            self.unknown.append(op)
+        for kind, axes, value in added:
+            nodes.append(Op(kind, {"axes": axes}, (value,), (value,), op.origin, self.sizes))
+
+    def _region(self, eqn: Any, ins: tuple[Value | None, ...], chain: Any, nodes: list[Node]) -> Sequence[Value | None]:
+        params = eqn.params
+        sizes = dict(params["mesh"].shape)
+        self.sizes.update(sizes)
+        given = [_local(v.aval) for v in params["jaxpr"].invars]
+        for mine, outer in zip(given, ins, strict=True):
+            if outer is not None:
+                self._enter(mine, outer, nodes, chain)
+        same = [
+            outer if outer is not None and outer.shape == mine.shape else mine
+            for mine, outer in zip(given, ins, strict=True)
+        ]
+        for value, mine in zip(same, given, strict=True):
+            value.varying = mine.varying
+        inner = self.block(params["jaxpr"], same, chain, sizes)
+        nodes.extend(inner.nodes)
+        specs = [_split_of(spec, v.aval.ndim) for spec, v in zip(params["out_specs"], eqn.outvars, strict=True)]
+        for value, split in zip(inner.outs, specs, strict=True):
+            if value is not None:
+                value.split = split
+        return inner.outs
+
+    def _enter(self, mine: Value, outer: Value, nodes: list[Node], chain: Any) -> None:
+        """An array that lies otherwise than its region expects it is moved first, by XLA."""
+        if outer.shape != mine.shape and mine.num_elements > outer.num_elements:
+            axes = tuple(a for axes in outer.split for a in axes)
+            origin = origin_of(chain, "all_gather", True)
+            nodes.append(Op("all_gather", {"axis_name": axes}, (outer,), (mine,), origin, self.sizes))
+
+    def _scan(self, eqn: Any, ins: Any, chain: Any, inside: Sizes, nodes: list[Node]) -> Sequence[Value]:
+        params, closed = eqn.params, eqn.params["jaxpr"]
+        first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+        given = [
+            _like(v.aval, x, inside, self.sizes, drop=i >= last)
+            for i, (v, x) in enumerate(zip(closed.jaxpr.invars, ins, strict=True))
+        ]
+        body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
+        outs = tuple(
+            _like(v.aval, x, inside, self.sizes, add=i >= params["num_carry"])
+            for i, (v, x) in enumerate(zip(eqn.outvars, body.outs, strict=True))
+        )
+        origin = origin_of(chain, "scan", bool(inside))
+        nodes.append(Loop(body, params["length"], ins[:first], ins[first:last], ins[last:], outs, origin))
+        return outs
+
+    def _while(self, eqn: Any, ins: Any, chain: Any, inside: Sizes, nodes: list[Node]) -> Sequence[Value]:
+        params = eqn.params
+        tests, bodies = params["cond_nconsts"], params["body_nconsts"]
+        carry = ins[tests + bodies :]
+        closed = params["body_jaxpr"]
+        given = [_like(v.aval, x, inside, self.sizes) for v, x in zip(closed.jaxpr.invars, ins[tests:], strict=True)]
+        body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
+        test = params["cond_jaxpr"]
+        asked = self.block(
+            _with_consts(test.jaxpr), [*map(_whole, test.consts), *ins[:tests], *given[bodies:]], chain, inside
+        )
+        body.nodes[:0] = asked.nodes
+        outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, body.outs, strict=True))
+        origin = origin_of(chain, "while_loop", bool(inside))
+        nodes.append(Loop(body, None, ins[tests : tests + bodies], carry, (), outs, origin))
+        return outs
+
+    def _cond(self, eqn: Any, ins: Any, chain: Any, inside: Sizes, nodes: list[Node]) -> Sequence[Value]:
+        branches = tuple(
+            self.block(_with_consts(b.jaxpr), [*map(_whole, b.consts), *ins[1:]], chain, inside)
+            for b in eqn.params["branches"]
+        )
+        outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, branches[0].outs, strict=True))
+        nodes.append(Choice(branches, ins, outs, origin_of(chain, "cond", bool(inside))))
+        return outs
+
+
+def _entered(mine: Value, outer: Value | None) -> Value:
+    """An array as its region sees it: the same one, where it lies as the region expects it."""
+    if outer is None or outer.shape != mine.shape:
+        return mine
+    outer.varying = mine.varying
+    return outer
+
+
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_OPENED = frozenset({
+    "jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat", "custom_jvp_call", "custom_vjp_call",
+    "custom_vjp_call_jaxpr", "custom_lin", "core_closed_call", "run_state",
+})  # fmt: skip
+
+
+def _called(name: str, params: dict[str, Any]) -> Any:
+    """The function that an equation calls, where it is no more than a call."""
+    if name not in _OPENED:
+        return None
+    return next((params[key] for key in _CALLS if isinstance(params.get(key), Jaxpr | ClosedJaxpr)), None)
+
+
+def _with_consts(jaxpr: Jaxpr) -> Jaxpr:
+    """The jaxpr with its constants as its first inputs."""
+    if not jaxpr.constvars:
+        return jaxpr
+    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+
+
+def _local(aval: Any) -> Value:
+    kind = getattr(aval, "manual_axis_type", None)
+    return Value(tuple(getattr(aval, "shape", ())), _dtype(aval), kind.varying if kind is not None else frozenset())
+
+
+def _slice(aval: Any, split: Split, sizes: Sizes) -> Value:
+    shape = tuple(getattr(aval, "shape", ()))
+    split = split if len(split) == len(shape) else ((),) * len(shape)
+    parts = (math.prod(sizes.get(a, 1) for a in axes) for axes in split)
+    local = tuple(-(-size // n) for size, n in zip(shape, parts, strict=True))
+    return Value(local, _dtype(aval), split=split)
+
+
+def _like(aval: Any, x: Value | None, inside: Sizes, sizes: Sizes, *, drop: bool = False, add: bool = False) -> Value:
+    """A value of type ``aval`` that lies as ``x`` does: without the first dim of ``x``, or with one more before."""
+    if inside:
+        return _local(aval)
+    split = x.split if x is not None else ()
+    split = split[1:] if drop else ((), *split) if add and x is not None else split
+    return _slice(aval, split, sizes)
+
+
+def _whole(const: Any) -> Value:
+    return Value(tuple(np.shape(const)), np.dtype(getattr(const, "dtype", np.float32)))
+
+
+class _Key:
+    """The dtype of random keys, as far as sizes go."""
+
+    itemsize = 8
+    name = "key"
+
+
+def _dtype(aval: Any) -> Any:
+    dtype = getattr(aval, "dtype", np.dtype(np.int32))
+    return _Key if jnp.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype)
+
+
+def _split_of(spec: PartitionSpec, ndim: int) -> Split:
+    entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+    return tuple(entries + [()] * (ndim - len(entries)))
+
+
+def sharded(x: Any) -> tuple[Split, Sizes]:
+    """How an argument lies, by its sharding: the axes of each dim, and the sizes of the mesh's axes."""
+    found = getattr(x, "sharding", None)
+    if not isinstance(found, NamedSharding):
+        return (), {}
+    return _split_of(found.spec, len(x.shape)), dict(found.mesh.shape)
+
+
+def read(traced: Any, leaves: Sequence[Any], about: Sequence[tuple[str, str, tuple[str, ...]]]) -> Program:
+    """The program of a trace.
+
+    Args:
+        traced: what ``jax.jit(fn).trace(...)`` returns.
+        leaves: the arrays (or their shapes) it was traced on.
+        about: each one's path, role and names.
+    """
+    reader = _Reader()
+    lies = [sharded(x) for x in leaves]
+    for _, sizes in lies:
+        reader.sizes.update(sizes)
+    closed = traced.jaxpr
+    _find_sizes(closed.jaxpr, reader.sizes)
+    values = [_slice(v.aval, split, reader.sizes) for v, (split, _) in zip(closed.jaxpr.invars, lies, strict=True)]
+    block = reader.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *values], (), {})
+    block = pruned(block)
+    donated = set(traced.donate_argnums or ())
+    arguments = tuple(
+        Argument(path, value, role, names, i in donated)
+        for i, ((path, role, names), value) in enumerate(zip(about, values, strict=True))
+    )
+    return Program(block, arguments, traced, reader.sizes, tuple(reader.unknown))
+
+
+def _find_sizes(jaxpr: Jaxpr, sizes: Sizes) -> None:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "shard_map":
+            sizes.update(eqn.params["mesh"].shape)
+        elif (called := _called(eqn.primitive.name, eqn.params)) is not None:
+            _find_sizes(called.jaxpr if isinstance(called, ClosedJaxpr) else called, sizes)
+
+
+def pruned(block: Block) -> Block:
+    """The block without what nothing needs, as JAX leaves it out when it lowers a program."""
+    nodes, _ = _needed(block, {id(v) for v in block.outs if v is not None})
+    return Block(block.ins, nodes, block.outs)
+
+
+def _needed(block: Block, wanted: set[int]) -> tuple[list[Node], set[int]]:
+    """The nodes that lead to the values wanted, and every value that they and their ends need."""
+    kept: list[Node] = []
+    for node in reversed(block.nodes):
+        if not any(id(v) in wanted for v in node.outs):
+            continue
+        if isinstance(node, Loop):
+            node = _pruned_loop(node, wanted)
+        elif isinstance(node, Choice):
+            node.branches = tuple(_pruned_branch(node, b, wanted) for b in node.branches)
+        kept.append(node)
+        wanted |= {id(v) for v in _reads(node) if v is not None}
+    return kept[::-1], wanted
+
+
+def _reads(node: Node) -> tuple[Value | None, ...]:
+    return (*node.consts, *node.carry, *node.scanned) if isinstance(node, Loop) else node.ins
+
+
+def _pruned_branch(node: Choice, branch: Block, wanted: set[int]) -> Block:
+    ends = {id(v) for v, out in zip(branch.outs, node.outs, strict=True) if v is not None and id(out) in wanted}
+    return Block(branch.ins, _needed(branch, ends)[0], branch.outs)
+
+
+def _pruned_loop(loop: Loop, wanted: set[int]) -> Loop:
+    """A loop whose body does what the results wanted need: those, and the carry that leads to them."""
+    num_carry, first = len(loop.carry), len(loop.body.ins) - len(_reads(loop))
+    inner = loop.body.ins[first:]
+    turns_need = {i for i, v in enumerate(loop.outs) if id(v) in wanted}
+    if loop.length is None:
+        turns_need |= set(range(num_carry))
+    while True:
+        ends = {id(v) for i, v in enumerate(loop.body.outs) if i in turns_need and v is not None}
+        nodes, reads = _needed(loop.body, set(ends))
+        carried = {i for i in range(num_carry) if id(inner[len(loop.consts) + i]) in reads}
+        if carried <= turns_need:
+            break
+        turns_need |= carried
+    used = [id(v) in reads for v in inner]
+
+    def only(values: tuple[Value | None, ...], start: int) -> tuple[Value | None, ...]:
+        return tuple(v if used[start + i] else None for i, v in enumerate(values))
+
+    consts, carry = only(loop.consts, 0), loop.carry
+    carry = tuple(v if i in turns_need else None for i, v in enumerate(carry))
+    scanned = only(loop.scanned, len(loop.consts) + num_carry)
+    outs = tuple(v if i in turns_need else None for i, v in enumerate(loop.body.outs))
+    return Loop(Block(loop.body.ins, nodes, outs), loop.length, consts, carry, scanned, loop.outs, loop.origin)
+
+
+def each(block: Block, times: int = 1, sure: bool = True) -> Iterator[tuple[Op, int, bool]]:
+    """Every operation with how often it runs, and whether that is sure: not in a loop of unknown length (its turns
+    count once) nor in a branch."""
+    for node in block.nodes:
+        if isinstance(node, Loop):
+            known = node.length is not None
+            yield from each(node.body, times * (node.length if node.length is not None else 1), sure and known)
+        elif isinstance(node, Choice):
+            for branch in node.branches:
+                yield from each(branch, times, False)
+        else:
+            yield node, times, sure

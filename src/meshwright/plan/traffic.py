@@ -1,0 +1,100 @@
+"""Traffic: the collectives of a program, a row for each.
+
+``payload`` is the whole buffer that one group of devices reduces, gathers or exchanges, as one device holds it:
+
+==================  ============================  ==========================
+kind                payload                       sent by a device
+==================  ============================  ==========================
+``all_reduce``      the array reduced             2 (n - 1) / n of it
+``all_gather``      the array gathered            (n - 1) / n of it
+``reduce_scatter``  the array before the scatter  (n - 1) / n of it
+``all_to_all``      the slice exchanged           (n - 1) / n of it
+``permute``         the slice passed on           all of it
+==================  ============================  ==========================
+
+for a group of n devices: what the ring algorithms send, which is the least that is possible (Thakur et al., 2005).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..scope import Axes
+from .origin import Origin
+from .program import Op, Program, each
+
+ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, PERMUTE = KINDS = (
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "permute",
+)
+
+_KIND = {
+    "psum": ALL_REDUCE, "psum_invariant": ALL_REDUCE, "pmax": ALL_REDUCE, "pmin": ALL_REDUCE,
+    "all_reduce": ALL_REDUCE, "unreduced_psum": ALL_REDUCE,
+    "all_gather": ALL_GATHER, "all_gather_invariant": ALL_GATHER, "all_gather_reduced": ALL_GATHER,
+    "reduce_scatter": REDUCE_SCATTER, "unreduced_reduce_scatter": REDUCE_SCATTER,
+    "all_to_all": ALL_TO_ALL, "ragged_all_to_all": ALL_TO_ALL,
+    "ppermute": PERMUTE,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a program."""
+
+    kind: str
+    """``all_reduce``, ``all_gather``, ``reduce_scatter``, ``all_to_all`` or ``permute``."""
+    axes: Axes
+    """The mesh axes it speaks over; several act as one long axis."""
+    group_size: int
+    """The number of devices that take part together."""
+    dtype: str
+    """Of the elements."""
+    payload_bytes: int
+    """The whole buffer, as the module's table says, on one device, each time it runs."""
+    times: int
+    """How often it runs in one call of the program."""
+    sure: bool
+    """False when it may run otherwise: in a while loop, whose turns count once, or in a branch."""
+    origin: Origin
+    """The user's line and the named operation."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """What one device puts on the wire, each time it runs."""
+        n = self.group_size
+        if self.kind == PERMUTE:
+            return self.payload_bytes
+        shares = 2 * (n - 1) if self.kind == ALL_REDUCE else n - 1
+        return -(-self.payload_bytes * shares // n)
+
+    @property
+    def total_payload_bytes(self) -> int:
+        return self.payload_bytes * self.times
+
+    @property
+    def total_sent_bytes(self) -> int:
+        return self.sent_bytes * self.times
+
+
+def collectives_of(program: Program) -> tuple[Collective, ...]:
+    """Every collective of a program, in its order."""
+    return tuple(row for op, times, sure in each(program.block) for row in rows_of(op, times, sure))
+
+
+def rows_of(op: Op, times: int = 1, sure: bool = True) -> Iterator[Collective]:
+    """The collectives that one operation is: none, or one for each of its operands."""
+    kind = _KIND.get(op.name)
+    if kind is None:
+        return
+    axes = op.params.get("axes", op.params.get("axis_name", ()))
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    size = math.prod(op.sizes[a] for a in axes)
+    if size == 1:
+        return
+    for given, result in zip(op.ins, op.outs, strict=False):
+        moved = result if kind == ALL_GATHER or given is None else given
+        yield Collective(kind, axes, size, moved.dtype.name, moved.num_bytes, times, sure, op.origin)

@@ -1,0 +1,145 @@
+"""Work: the floating-point operations of a program on one device.
+
+A product of matrices counts two for each multiplication with its addition, a convolution the same for each tap, an
+elementwise operation one for each element of its result, a reduction one for each element that it reads. Loops count
+their turns. What moves data (reshape, transpose, gather, slices, casts) counts nothing.
+
+Work is *useful* the first time it is done, *recomputed* when rematerialisation does it again, and *duplicated* where
+devices along an axis hold the same operands and do the same: d devices that do one thing waste d - 1 of d.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .origin import RECOMPUTE, Origin
+from .program import Op, Program, each
+
+MATMUL, CONVOLUTION, ELEMENTWISE = "matmul", "convolution", "elementwise"
+
+_UNARY = frozenset({
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "cbrt", "ceil", "conj", "cos", "cosh", "digamma", "erf",
+    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "integer_pow", "is_finite", "lgamma", "log", "log1p",
+    "logistic", "neg", "not", "population_count", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "tan",
+    "tanh", "bessel_i0e", "bessel_i1e",
+})  # fmt: skip
+_BINARY = frozenset({
+    "add", "add_any", "and", "atan2", "clamp", "div", "eq", "ge", "gt", "igamma", "igammac", "le", "lt", "max", "min",
+    "mul", "ne", "nextafter", "or", "pow", "rem", "select_n", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sub", "xor", "regularized_incomplete_beta", "threefry2x32", "random_bits", "zeta",
+})  # fmt: skip
+_READING = frozenset({
+    "argmax", "argmin", "cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "reduce_and", "reduce_max",
+    "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor", "scatter-add", "scatter_add",
+    "reduce_window_sum", "reduce_window_max", "reduce_window", "select_and_scatter_add", "sort", "top_k",
+})  # fmt: skip
+
+
+def flops_of(op: Op) -> tuple[str, int]:
+    """What kind of work one run of an operation is, and how many operations it does on one device."""
+    if op.name == "dot_general":
+        return MATMUL, 2 * op.outs[0].num_elements * _contracted(op)
+    if op.name == "ragged_dot_general":
+        left, out = op.ins[0], op.outs[0]
+        return MATMUL, 2 * out.num_elements * (left.shape[-1] if left is not None else 1)
+    if op.name == "conv_general_dilated":
+        return CONVOLUTION, 2 * op.outs[0].num_elements * _taps(op)
+    if op.name in _UNARY or op.name in _BINARY:
+        return ELEMENTWISE, op.outs[0].num_elements
+    if op.name in _READING:
+        return ELEMENTWISE, next((v.num_elements for v in reversed(op.ins) if v is not None), 0)
+    return ELEMENTWISE, 0
+
+
+def _contracted(op: Op) -> int:
+    (left, right), _ = op.params["dimension_numbers"]
+    given, places = (op.ins[0], left) if op.ins[0] is not None else (op.ins[1], right)
+    return math.prod(given.shape[i] for i in places) if given is not None else 1
+
+
+def _taps(op: Op) -> int:
+    """Multiplications for one element of a convolution's result: the kernel's elements for one output channel."""
+    numbers, kernel = op.params["dimension_numbers"], op.ins[1]
+    if kernel is None:
+        return 1
+    return kernel.num_elements // kernel.shape[numbers.rhs_spec[0]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation's work, all its runs."""
+
+    kind: str
+    """``matmul``, ``convolution`` or ``elementwise``."""
+    flops: int
+    """On one device, all its runs together."""
+    copies: int
+    """How many devices do the same."""
+    origin: Origin
+
+    @property
+    def recomputed(self) -> bool:
+        return self.origin.direction == RECOMPUTE
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one call of a program, on one device."""
+
+    works: tuple[Work, ...] = field(repr=False)
+
+    def _sum(self, kind: str | None = None, recomputed: bool | None = None) -> int:
+        return sum(w.flops for w in self.works if kind in (None, w.kind) and recomputed in (None, w.recomputed))
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self._sum()
+
+    @property
+    def useful(self) -> int:
+        """Those done the first time."""
+        return self._sum(recomputed=False)
+
+    @property
+    def recomputed(self) -> int:
+        """Those that rematerialisation does again."""
+        return self._sum(recomputed=True)
+
+    @property
+    def matmul(self) -> int:
+        """Those of matrix products, the recomputed ones among them."""
+        return self._sum(MATMUL)
+
+    @property
+    def convolution(self) -> int:
+        """Those of convolutions, the recomputed ones among them."""
+        return self._sum(CONVOLUTION)
+
+    @property
+    def elementwise(self) -> int:
+        """All others, the recomputed ones among them."""
+        return self._sum(ELEMENTWISE)
+
+    @property
+    def duplicated(self) -> int:
+        """Those that other devices do as well, less this device's share of doing them once."""
+        return sum(w.flops - w.flops // w.copies for w in self.works)
+
+
+def flops_in(program: Program) -> Flops:
+    """The work of a program."""
+    return Flops(tuple(_works(program)))
+
+
+def _works(program: Program) -> Iterator[Work]:
+    for op, times, _ in each(program.block):
+        kind, flops = flops_of(op)
+        if flops:
+            yield Work(kind, flops * times, copies_of(op, program.sizes), op.origin)
+
+
+def copies_of(op: Op, sizes: dict[str, int]) -> int:
+    """How many devices do the same operation on the same operands."""
+    axes = {a for v in (*op.ins, *op.outs) if v is not None for a in (*v.varying, *(a for s in v.split for a in s))}
+    return math.prod(size for axis, size in sizes.items() if axis not in axes)
