@@ -114,10 +114,12 @@ def _split_inexact(inputs: Sequence[Any]) -> tuple[list[Any], Callable[[list[Any
     return [inputs[i] for i in chosen], join
 
 
-def _program(fn: Callable[..., Any], inputs: Sequence[Any], grads: bool, region: Callable[..., Any]) -> Any:
-    """Outputs and gradients of ``fn`` run through ``region``, as one compiled program."""
+def prepared(
+    fn: Callable[..., Any], inputs: Sequence[Any], grads: bool, region: Callable[..., Any]
+) -> tuple[Any, tuple[Any, ...]]:
+    """A compiled program that gives outputs and gradients of ``fn`` run through ``region``, and its arguments."""
     if not grads:
-        return jax.jit(region(fn))(*inputs)
+        return jax.jit(region(fn)), tuple(inputs)
     out = jax.eval_shape(fn, *inputs)
     weights = _weights(out)
 
@@ -133,12 +135,13 @@ def _program(fn: Callable[..., Any], inputs: Sequence[Any], grads: bool, region:
         (_, result), gradient = jax.value_and_grad(lambda new: inside(weights, *join(new)), has_aux=True)(inexact)
         return result, gradient
 
-    return run(weights, list(inputs))
+    return run, (weights, list(inputs))
 
 
 def outcome(fn: Callable[..., Any], inputs: Sequence[Any], way: Way | None, grads: bool = True) -> Any:
     """What ``fn`` gives on ``inputs``: (outputs, gradients of their weighted sum), or outputs when not ``grads``."""
-    return _program(fn, inputs, grads, way.region if way is not None else lambda f: f)
+    run, arguments = prepared(fn, inputs, grads, way.region if way is not None else lambda f: f)
+    return run(*arguments)
 
 
 def assert_same(found: Any, expected: Any, what: str, relative: float = RELATIVE) -> None:
@@ -166,10 +169,15 @@ def agree(
     relative: float = RELATIVE,
 ) -> None:
     """Law 1 for ``fn`` (or several functions of the same inputs, compiled together) over many ways to run it."""
-    program = fn if callable(fn) else functools.partial(_each, fn)
+    program = together(fn)
     expected = outcome(program, inputs, None, grads)
     for way in over:
         assert_same(outcome(program, inputs, way, grads), expected, str(way), relative)
+
+
+def together(fn: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Several functions of the same inputs as one."""
+    return fn if callable(fn) else functools.partial(_each, fn)
 
 
 def _each(functions: Mapping[str, Callable[..., Any]], *inputs: Any) -> dict[str, Any]:

@@ -1,28 +1,127 @@
-"""What a program communicates, read from its StableHLO."""
+"""What a program communicates, read from its StableHLO.
+
+``traffic_of`` walks the module as MLIR: it knows nothing of the trace that the plan is read from, nor of XLA's passes.
+"""
 
 import collections
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-_COLLECTIVE = re.compile(
-    r'"stablehlo\.(all_gather|all_reduce|reduce_scatter|all_to_all|collective_permute)"\('
-    r".*?[>)] : \(tensor<([^>]*)>",
-    re.DOTALL,
-)
+KINDS = {
+    "stablehlo.all_reduce": "all_reduce",
+    "stablehlo.all_gather": "all_gather",
+    "stablehlo.reduce_scatter": "reduce_scatter",
+    "stablehlo.all_to_all": "all_to_all",
+    "stablehlo.collective_permute": "permute",
+}
+
+Row = tuple[str, tuple[str, ...], int, int]
+"""Kind, axes in the mesh's order, bytes of the whole buffer in one group, and how often it runs."""
 
 
 def communicated(fn: Callable[..., Any], *inputs: Any) -> list[tuple[str, int]]:
-    """Each collective of ``fn`` in the program's order: its kind, and how many elements a device puts in."""
-    text = jax.jit(fn).lower(*inputs).as_text()
-    found = [(kind, math.prod(map(int, shape.split("x")[:-1]))) for kind, shape in _COLLECTIVE.findall(text)]
-    assert len(found) == len(re.findall(r"stablehlo\.(?:all_|reduce_scatter|collective_)", text))
+    """Each collective of ``fn`` in the order of the module's text: its kind, and how many elements a device puts in.
+
+    A loop's body and a function called from several places stand once.
+    """
+    found = []
+    for op in _every(jax.jit(fn).lower(*inputs).compiler_ir("stablehlo").operation):
+        if op.name in KINDS:
+            kind = op.name.removeprefix("stablehlo.")
+            found += [(kind, math.prod(x.type.shape)) for x in op.operands]
     return found
 
 
 def counted(fn: Callable[..., Any], *inputs: Any) -> dict[str, int]:
     """How many collectives of each kind ``fn`` holds; kinds that it has none of are left out."""
     return dict(collections.Counter(kind for kind, _ in communicated(fn, *inputs)))
+
+
+def _every(op: Any) -> Iterator[Any]:
+    yield op
+    for inner in _inside(op):
+        yield from _every(inner)
+
+
+def _inside(op: Any) -> list[Any]:
+    return [inner.operation for region in op.regions for block in region for inner in block]
+
+
+# With axes and counts
+
+
+def traffic_of(lowered: Any, sizes: Mapping[str, int]) -> collections.Counter[Row]:
+    """The collectives of a lowered program, as a device meets them.
+
+    Args:
+        lowered: what ``jax.jit(fn).lower(...)`` returns.
+        sizes: every axis of the mesh and its size, in the mesh's order.
+    """
+    module = lowered.compiler_ir("stablehlo").operation
+    functions = {op.attributes["sym_name"].value: op for op in _inside(module) if op.name == "func.func"}
+    found: collections.Counter[Row] = collections.Counter()
+    _walk(functions["main"], functions, dict(sizes), 1, found)
+    return found
+
+
+def _walk(
+    op: Any, functions: dict[str, Any], sizes: dict[str, int], times: int, found: collections.Counter[Row]
+) -> None:
+    for inner in _inside(op):
+        if inner.name in KINDS:
+            found.update(_rows(inner, sizes, times))
+        elif inner.name == "func.call":
+            _walk(functions[inner.attributes["callee"].value], functions, sizes, times, found)
+        elif inner.name == "stablehlo.while":
+            _walk(inner, functions, sizes, times * _turns(inner), found)
+        else:
+            _walk(inner, functions, sizes, times, found)
+
+
+def _turns(loop: Any) -> int:
+    """How often a loop's body runs: known where its counter starts at a constant and is compared with one and no more
+    is asked, as ``lax.scan`` lowers; a loop of unknown length counts once."""
+    asked = [op.operation for op in loop.regions[0].blocks[0]]
+    if [op.name for op in asked] != ["stablehlo.constant", "stablehlo.compare", "stablehlo.return"]:
+        return 1
+    constant, compare, _ = asked
+    counter = compare.operands[0]
+    first = loop.operands[counter.arg_number].owner if hasattr(counter, "arg_number") else None
+    if not hasattr(first, "name") or first.name != "stablehlo.constant":
+        return 1
+    return _integer(constant) - _integer(first)
+
+
+def _integer(constant: Any) -> int:
+    return int(np.array(constant.attributes["value"]).item())
+
+
+def _rows(op: Any, sizes: dict[str, int], times: int) -> Iterator[Row]:
+    kind = KINDS[op.name]
+    groups = np.array(op.attributes["source_target_pairs" if kind == "permute" else "replica_groups"])
+    axes = _axes(groups, sizes, kind)
+    if axes:
+        for x in op.results if kind == "all_gather" else op.operands:
+            yield kind, axes, math.prod(x.type.shape) * _bytes(str(x.type.element_type)), times
+
+
+def _bytes(element: str) -> int:
+    if element.startswith("complex"):
+        return 2 * _bytes(element[8:-1])
+    return max(int(element.lstrip("abcdefghijklmnopqrstuvwxyz").split("E")[0]) // 8, 1)
+
+
+def _axes(groups: np.ndarray[Any, Any], sizes: dict[str, int], kind: str) -> tuple[str, ...]:
+    """The axes along which the devices of a group differ: of the whole group, which must be all devices that agree on
+    the other axes; for a permute, between any device and the one that it sends to."""
+    coordinates = np.stack(np.unravel_index(groups, tuple(sizes.values())), axis=-1)
+    differs = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
+    axes = tuple(axis for axis, d in zip(sizes, differs.tolist(), strict=True) if d)
+    if kind != "permute":
+        assert groups.shape[1] == math.prod(sizes[a] for a in axes), f"groups {groups} are not along {axes}"
+        assert sorted(groups.ravel().tolist()) == list(range(math.prod(sizes.values())))
+    return axes

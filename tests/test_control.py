@@ -84,3 +84,34 @@ def test_control_is_the_same_under_every_layout(part: int) -> None:
     over = [*ways(*ABC[1:], partitioners=("names",)), *ways(ABC[5], ABC[8], partitioners=("xla",))]
     over += [Way("x=2,y=2", "a:x", {"params": p, "gather": g}) for p in ("b:x", "(x,y)") for g in ("use", "step")]
     agree(cases, X, W, over=over)
+
+
+def test_apply_holds_results_against_dims_out() -> None:
+    x = tensor(A, B)
+    size = mw.Dim("half", 4)
+    assert mw.apply(lambda v: v[:4], x, dims_in="b", dims_out=size).dims == (A, size)
+    assert mw.apply(lambda v: v.sum(), x, dims_in="b", dims_out="").dims == (A,)
+    wrong: dict[str, tuple[Any, Any]] = {
+        r"dims_out asks for \(b=8\), so the shape \(8,\); the result of the function has the shape \(4,\)": (
+            lambda v: v[:4],
+            "b",
+        ),
+        r"the result of the function has the shape \(\)": (lambda v: v.sum(), "b"),
+        r"result 1 of the function has the shape \(4,\)": (lambda v: (v, v[:4]), ["b", "b"]),
+        r"the function returned a tuple of 2; dims_out says one array": (lambda v: (v, v), "b"),
+        r"the function returned a tuple of 2; dims_out says a tuple of 3 arrays": (lambda v: (v, v), ["b", "b", "b"]),
+        r"the function returned one \w+; dims_out says a tuple of 1 arrays": (lambda v: v, ["b"]),
+    }
+    for message, (f, dims_out) in wrong.items():
+        for region in (lambda f: f, Way("x=2", "a:x").region):
+            with pytest.raises(ValueError, match=f"(?s)apply: .*{message}.*test_control.py"):
+                region(lambda x, f=f, dims_out=dims_out: mw.apply(f, x, dims_in="b", dims_out=dims_out))(x)
+
+
+def test_apply_refuses_a_dim_worked_on_in_one_tensor_only() -> None:
+    x, y = tensor(A, B), tensor(B)
+    message = r"works on the dim 'b' of one tensor and is to run for each of its positions in another"
+    with pytest.raises(ValueError, match=rf"(?s){message}.*dims_in: \(b\), \(\).*x.rename\(b='b_in'\)"):
+        mw.apply(jnp.multiply, x, y, dims_in=["b", ""], dims_out="b")
+    both = mw.apply(jnp.multiply, x, y, dims_in=["b", "b"], dims_out="b")
+    assert (both.array == x.array * y.array).all()

@@ -452,3 +452,22 @@ def test_outputs_that_the_axes_do_not_divide_are_refused() -> None:
         message = rf"{name}: the dim 'rows' of size {size} cannot be split over the axis 'x' \(size 4\)"
         with pytest.raises(ValueError, match=message):
             region(images()[0])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_under_xlas_partitioner_on_meshes_with_more_axes(transposed: bool) -> None:
+    """XLA's own are multiplied by the size of the axis that is left over: of the kernel, where a spatial dim is split, or
+    where there are groups and the batch is."""
+    x = tensor(*mw.dims(batch=4, rows=16, channels=8))
+    kernel = tensor(*mw.dims(kernel_rows=3, channels=8, features=4), seed=1)
+    each = tensor(*mw.dims(kernel_rows=33, channels=8), seed=2)
+    function = mw.conv_transpose if transposed else mw.conv
+    cases = {
+        "plain": lambda x, k, d: mw.sin(function(x, k, "rows", inputs="channels")),
+        "dilated": lambda x, k, d: mw.sin(function(x, k, "rows", inputs="channels", dilation=2)),
+        "strided": lambda x, k, d: mw.sin(function(x, k, "rows", inputs="channels", strides=2)),
+        "depthwise, many taps": lambda x, k, d: mw.sin(function(x, d, "rows", inputs=())),
+    }
+    layouts = ("rows:x", "rows:x, channels:y", "rows:x, features:y", "rows:y, batch:x", "batch:x")
+    over = ways(*(("x=2,y=2", layout) for layout in layouts), partitioners=("xla",))
+    agree(cases, x, kernel, each, over=over)

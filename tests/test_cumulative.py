@@ -113,3 +113,22 @@ def test_errors() -> None:
         mw.cumsum(tensor(A, B), "bb")
     with pytest.raises(TypeError, match=r"cummax: expected a tensor, found an array of shape \(3,\)"):
         mw.cummax(jnp.ones(3), "b")
+
+
+def test_nan_has_the_same_gradients_under_every_layout() -> None:
+    """In the first slice, in the last, in none, in two: what stands before a slice lets no gradient of NaN through."""
+    values = np.array(tensor(mw.Dim("rows", 5), B).array)
+    values[0, 3], values[1, 0], values[2, 7], values[3, [2, 4]] = np.nan, np.nan, np.nan, np.nan
+    x = mw.Tensor(jnp.asarray(values), "rows b")
+    cases = {
+        f"{name}, reverse={back}": lambda x, name=name, back=back: getattr(mw, name)(x, "b", reverse=back)
+        for name in NAMES
+        for back in (False, True)
+    }
+    agree(cases, x, over=ways(("x=2", "b:x"), ("x=4", "b:x"), ("x=8", "b:x"), partitioners=["names"]))
+    to_x = jax.grad(lambda x: mw.sum(mw.cummax(x, "b")))(x)
+    whole = np.where(np.isnan(values[3]), 0.0, numpy(to_x)[3])
+    assert numpy(to_x)[0, 3] == 5 and numpy(to_x)[1, 0] == 8 and whole.sum() == 2, "the first NaN takes what follows"
+    of_product = numpy(jax.grad(lambda x: mw.sum(mw.cumprod(x, "b")))(x))
+    np.testing.assert_array_equal(np.isnan(of_product[0]), np.arange(8) != 3)
+    assert np.isfinite(of_product[4]).all()

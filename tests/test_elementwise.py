@@ -395,3 +395,29 @@ def test_arrays_without_names_are_refused() -> None:
         mw.exp("a")
     with pytest.raises(TypeError, match="clip: give a least or a greatest value"):
         mw.clip(tensor(A))
+
+
+def test_addends_of_bytes_are_not_widened_before_their_sum() -> None:
+    """A sum of bytes wraps round in bytes, also where a wider one is added to it."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-128, 127, shape).astype(np.int8) for shape in ((8, 16), (16, 4)))
+    x, w = Tensor(jnp.asarray(a), "a c"), Tensor(jnp.asarray(b), "c b")
+
+    def both(x: Tensor, w: Tensor) -> Any:
+        narrow, wide = (mw.einsum(*pair, out="a b") for pair in ((x, w), (x.astype(jnp.int32), w.astype(jnp.int32))))
+        return narrow.astype(jnp.int32) + wide, mw.add(narrow, narrow)
+
+    def mixed(x: Tensor, w: Tensor) -> Any:
+        narrow, wide = (mw.einsum(*pair, out="a b") for pair in ((x, w), (x.astype(jnp.int32), w.astype(jnp.int32))))
+        return narrow + wide, wide - narrow
+
+    exact = a.astype(np.int32) @ b.astype(np.int32)
+    wrapped = exact.astype(np.int8)
+    with jax.numpy_dtype_promotion("standard"):
+        for way in ways(("x=4", "c:x"), ("x=2,y=2", "c:(y,x)")):
+            for function, expected in (
+                (both, (wrapped + exact, wrapped + wrapped)),
+                (mixed, (wrapped + exact, exact - wrapped)),
+            ):
+                for found, of_numpy in zip(way.region(function)(x, w), expected, strict=True):
+                    np.testing.assert_array_equal(np.asarray(found.array), of_numpy, str(way))

@@ -216,13 +216,14 @@ def test_every_move_over_two_axes_gives_the_same_values_and_gradients(name: str)
     agree(program, *tensors, over=[Way("x=2,y=2", layout)])
 
 
-def test_what_every_device_holds_already_is_not_sent() -> None:
-    """All of the moves above that need nothing send nothing, and no others."""
-    for name, moves in MOVES.items():
-        for old, before, new, after, held in moves:
+@pytest.mark.parametrize("name", MOVES)
+def test_what_every_device_holds_already_is_not_sent(name: str) -> None:
+    """All of the moves above that need nothing send nothing; of the others every third is looked at."""
+    for i, (old, before, new, after, held) in enumerate(MOVES[name]):
+        if held or i % 3 == 0:
             x = tensor(*map(mw.Dim, before, old))
             region = Way("x=2,y=2", _layout([*before, *after])).region(lambda x, a=after, s=new: _moved(x, a, s))
-            assert (communicated(region, x) == []) == held, f"{name}: {before} to {after}"
+            assert (communicated(region, x) == []) == held, f"{before} to {after}"
 
 
 @pytest.mark.parametrize("summed", [s for s in SEQUENCES if s], ids="".join)
@@ -285,8 +286,8 @@ CASES: dict[str, Callable[..., Any]] = {
 
 
 def test_movement_is_the_same_under_every_layout() -> None:
-    over = ways(ABC[0], ABC[3], ABC[6], ABC[9], ABC[10], partitioners=("names",))
-    over += ways(ABC[6], ABC[8], partitioners=("xla",))
+    over = ways(ABC[0], ABC[6], ABC[8], ABC[10], partitioners=("names",))
+    over += ways(ABC[6], partitioners=("xla",))
     over += [
         Way("x=2,y=2", "a:x", {"params": "b:y", "gather": "use"}),
         Way("x=2,y=2", "b:x, c:y", {"params": "(y,x)", "gather": "use"}),

@@ -372,3 +372,51 @@ def test_other_mistakes_are_refused() -> None:
         mw.var(x, "a", ddof=8)
     with pytest.raises(TypeError, match=r"sum: expected a tensor, found an array of shape \(3,\)"):
         mw.sum(jnp.ones(3))
+
+
+NAN_ROWS = np.array(
+    [[np.nan, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1, -np.nan], [np.nan] * 8, [-np.inf, 0, -0.5, np.inf, 1, 2, 3, 4],
+     [-1e30, -1, -2, -3, -0.25, -5, -6, -1e-30], [-np.inf] * 8],
+    np.float32,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
+def test_an_extreme_of_nan_is_nan_on_every_layout(dtype: Any) -> None:
+    """The backend's own maximum across devices drops NaN."""
+    x = Tensor(jnp.asarray(NAN_ROWS, dtype), "m n")
+    expected = {f: f(np.asarray(x.array).astype(np.float32), axis=1) for f in (np.max, np.min)}
+    layouts = ("x=2", "n:x"), ("x=2,y=4", "n:(y,x)"), ("x=8", "n:x"), ("x=2,y=4", "m:x, n:y")
+
+    def both(x: Tensor) -> Any:
+        return mw.max(x, "n"), mw.min(x, "n"), mw.max(x), mw.min(x)
+
+    for way in [None, *ways(*layouts)]:
+        *rows, most, least = jax.jit(way.region(both) if way else both)(x)
+        for found, of_numpy in zip(rows, expected.values(), strict=True):
+            assert found.dtype == dtype
+            np.testing.assert_array_equal(np.asarray(found.array).astype(np.float32), of_numpy, str(way))
+        assert np.isnan(most) and np.isnan(least)
+
+
+def test_extremes_next_to_nan_have_the_same_gradients() -> None:
+    x = Tensor(jnp.asarray(np.where(np.isinf(NAN_ROWS), 0, NAN_ROWS)), "m n")
+    cases = {"max": lambda x: mw.max(x, "n"), "min": lambda x: mw.min(x, "n")}
+    agree(cases, x, over=ways(("x=4", "n:x"), ("x=2,y=4", "n:(y,x), m:()")))
+
+
+def test_a_maximum_is_one_collective_of_its_own_size() -> None:
+    x, way = tensor(A, B, C), Way("x=2,y=2", "a:x, b:y")
+    text = jax.jit(way.region(lambda x: mw.max(x, "a"))).lower(x).as_text()
+    assert communicated(text) == {"all_reduce": ["4x16xi32"]}
+
+
+def test_a_sum_of_booleans_as_booleans_is_whether_any_is_true() -> None:
+    x = tensor(A, C)
+    for way in [None, *ways(ABC[3], ("x=2,y=4", "c:(y,x)"))]:
+        function = lambda x: mw.sum(x > 1.9, "c", dtype=jnp.bool_)  # noqa: E731
+        found = jax.jit(way.region(function) if way else function)(x)
+        assert found.dtype == jnp.bool_, str(way)
+        np.testing.assert_array_equal(found.array, np.any(np.asarray(x.array) > 1.9, 1))
+    with pytest.raises(TypeError, match=r"mean: dtype=int32 cannot hold a mean; write mw.mean\(x, ...\).astype"):
+        mw.mean(x, "c", dtype=jnp.int32)

@@ -26,10 +26,11 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from . import collectives
 from .dims import Dims
 from .errors import at_user_line, fail, nearest
+from .held import gathered
 from .layout import Layout
 from .mesh import Mesh
 from .scope import Scope, Split, current, entered
-from .tensor import ACTIVATION, PARAMETER, Role, Tensor, check_home, check_names, gathered, make
+from .tensor import ACTIVATION, PARAMETER, Role, Tensor, check_home, check_names, make
 
 PARTITIONERS = ("names", "xla")
 
@@ -173,7 +174,7 @@ class Region:
         if self.scope.manual and self.layout.gather == "step" and any(inlet.rest):
             copies = tuple(a for axes in inlet.rest for a in axes)
             array = gathered(array, inlet.rest, frozenset(copies), self.scope)
-            return make(array, inlet.dims, role=inlet.role, copies=copies)
+            return make(array, inlet.dims, role=inlet.role, copies=copies, home=inlet.rest)
         return make(array, inlet.dims, role=inlet.role, rest=inlet.rest if self.scope.manual else None)
 
     def _leave(self, x: Any) -> tuple[Any, PartitionSpec]:

@@ -93,6 +93,8 @@ class Scope:
         self.met.update(d.name for d in these)
         found = tuple(self._axes_by_name.get(d.name, ()) for d in these)
         check_split(self, these, found, asked)
+        if taken := mapped_axes():
+            _check_mapped(self, these, found, taken, asked)
         return found
 
     def local_sizes(self, these: Dims, split: Split) -> tuple[int, ...]:
@@ -139,7 +141,29 @@ def _two_on_one(scope: Scope, these: Dims, one: Dim, two: Dim, axis: str, asked:
     )
 
 
+def _check_mapped(scope: Scope, these: Dims, split: Split, taken: frozenset[str], asked: str) -> None:
+    for d, axes in zip(these, split, strict=True):
+        if both := taken.intersection(axes):
+            raise fail(
+                f"{asked}: the dim {d.name!r} is split over the axis {min(both)!r}, inside mw.vmap over a dim that is "
+                f"split over it too.\n  tensor: ({show(these)})\n  layout: {scope.text}\n"
+                f"  What mw.vmap maps over is a dim of every tensor inside, and one axis splits at most one dim of a "
+                f"tensor: rename {d.name!r}, or leave out mw.vmap, for operations broadcast by name."
+            )
+
+
 _ambient = jax.make_user_context(None)
+_mapped = jax.make_user_context(frozenset())
+
+
+def mapped_axes() -> frozenset[str]:
+    """The axes of the dims that a surrounding ``vmap`` has taken away: every value may vary over them."""
+    return _mapped.value  # type: ignore[no-any-return]
+
+
+def mapping(axes: Axes) -> AbstractContextManager[None]:
+    """A context in which ``axes`` are among ``mapped_axes()``."""
+    return _mapped(mapped_axes() | frozenset(axes))  # type: ignore[no-any-return]
 
 
 def current() -> Scope | None:

@@ -9,7 +9,8 @@ that a tensor carries with it, all of them promises of communication not yet mad
 ``rest``      a dim is split over more axes than its name says: a parameter at rest, or an activation whose gather
               waits for its first use. How it is used decides the gradient: reduce-scatter or slice.
 ``copies``    the type says that devices differ along these axes although the values are equal: a parameter gathered
-              once a step, whose gradients are summed once a step.
+              once a step, whose gradients are summed once a step. ``home`` says how it lies at rest: JAX's
+              transformations inside the region see that form, for a gradient is no copy.
 
 What is derived from a slice once (its sum, its gathered form, its form that varies over more axes) is kept in the
 tensor's cell and shared by its renames: three matmuls of one input share one all-reduce in the backward pass. It is
@@ -32,10 +33,10 @@ from jax.core import Tracer
 
 from . import collectives
 from .annotations import annotation
-from .cell import Cell, merge_runs
 from .dims import Dim, Dims, Names, as_dims, as_names, find, index_of, names_of, show, sizes_of
 from .errors import fail, fail_type, nearest
-from .scope import Axes, Scope, Split, current, current_manual, describe
+from .held import Cell, gathered, merge_runs, slice_own
+from .scope import Axes, Scope, Split, current, current_manual, describe, mapped_axes
 
 ACTIVATION = "activation"
 PARAMETER = "parameter"
@@ -56,7 +57,7 @@ class Tensor:
             JAX scalar).
     """
 
-    __slots__ = ("__weakref__", "_cell", "copies", "dims", "partial", "rest", "role", "scope")
+    __slots__ = ("__weakref__", "_cell", "copies", "dims", "home", "partial", "rest", "role", "scope")
     __array_priority__ = 1000
 
     _cell: Cell | Any
@@ -66,6 +67,7 @@ class Tensor:
     rest: Split | None
     partial: Axes
     copies: Axes
+    home: Split | None
 
     def __init__(self, array: Any, dims: Names | Dim | Iterable[Dim | str], role: Role = ACTIVATION) -> None:
         if role not in (ACTIVATION, PARAMETER):
@@ -159,6 +161,24 @@ class Tensor:
             array = gathered(raw, self.rest, want, self.scope)
             return collectives.vary(collectives.from_first(array, unwanted) if unwanted else array, want)
 
+    def at_home(self) -> Any:
+        """This device's slice, as it lies at rest, of a parameter that was gathered once a step."""
+        assert self.scope is not None and self.home is not None
+        scope, home = self.scope, self.home
+        return self._cell.once(("home", home), lambda: slice_own(self.raw, scope, home))
+
+    def share_sum(self, x: "Tensor", function: Callable[[Any], Any]) -> None:
+        """Make the sum of this tensor, ``function`` of the addends of ``x``, from the sum of ``x`` when it is needed:
+        what is linear in one pending tensor then costs no sum of its own."""
+        if self.partial and self.partial == x.partial and not self.copies:
+            self._cell.shared = lambda: function(x.summed())
+
+    def summed(self) -> Any:
+        """What is held, its pending sum taken."""
+        plain = object.__new__(Tensor)
+        _set(plain, self._cell, self.dims, self.role, self.scope, None, self.partial)
+        return plain._kept(_NOTHING)
+
     @property
     def pending(self) -> Axes:
         """The axes along which the sum is still to be taken: ``partial``, until somebody has needed the sum."""
@@ -174,7 +194,9 @@ class Tensor:
         held, scope, used = self.raw, self.scope, _NOTHING
         if self.partial:
             axes, dtype = self.partial, scope.sums if scope else None
-            held = self._cell.once(("sum", axes), lambda: collectives.all_sum(self.raw, axes, dtype))
+            held = self._cell.once(
+                ("sum", axes), self._cell.shared or (lambda: collectives.all_sum(self.raw, axes, dtype))
+            )
         if self.rest is not None:
             used = frozenset(a for axes in self.rest for a in axes) & want
             summed = held
@@ -446,15 +468,15 @@ def _dims_for(array: Any, these: Any) -> Dims:
 
 def _set(
     t: Tensor, held: Any, these: Dims, role: Role, scope: Scope | None,
-    rest: Split | None = None, partial: Axes = (), copies: Axes = (),
+    rest: Split | None = None, partial: Axes = (), copies: Axes = (), home: Split | None = None,
 ) -> None:  # fmt: skip
     t._cell, t.dims, t.role, t.scope = held, these, role, scope
-    t.rest, t.partial, t.copies = rest, partial, copies
+    t.rest, t.partial, t.copies, t.home = rest, partial, copies, home
 
 
 def make(
     raw: Any, these: Dims, *, asked: str = "A tensor", role: Role = ACTIVATION,
-    rest: Split | None = None, partial: Axes = (), copies: Axes = (),
+    rest: Split | None = None, partial: Axes = (), copies: Axes = (), home: Split | None = None,
 ) -> Any:  # fmt: skip
     """What an operation returns: a tensor around a device's slice (or a whole array), or a plain scalar.
 
@@ -477,7 +499,7 @@ def make(
     t = object.__new__(Tensor)
     if rest is not None and not any(rest):
         rest = None
-    _set(t, Cell(raw), these, role, scope, rest, partial, copies)
+    _set(t, Cell(raw), these, role, scope, rest, partial, copies, home if copies else None)
     return t
 
 
@@ -489,47 +511,35 @@ def told(these: Dims) -> AbstractContextManager[None]:
 def same_cell(x: Tensor, these: Dims) -> Any:
     """``x`` under other dims that are split just as its own: no data moves and what was derived is shared."""
     t = object.__new__(Tensor)
-    _set(t, x._cell, these, x.role, x.scope, x.rest, x.partial, x.copies)
+    _set(t, x._cell, these, x.role, x.scope, x.rest, x.partial, x.copies, x.home)
     return t
-
-
-def gathered(array: Any, rest: Split | None, want: frozenset[str], scope: Scope | None) -> Any:
-    """Join what the devices along ``rest`` hold. Where the use varies over an axis (it is in ``want``), the backward
-    pass reduce-scatters; where it does not, every device has the whole gradient and keeps its slice."""
-    for i, axes in enumerate(rest or ()):
-        if axes and want.issuperset(axes):
-            array = collectives.gather(array, axes, i, scope.sums if scope else None)
-        elif axes:
-            array = collectives.gather_equal(array, axes, i)
-    return array
-
-
-def slice_own(array: Any, scope: Scope, split: Split) -> Any:
-    """A device's slice of a whole array that every device holds."""
-    for i, axes in enumerate(split):
-        if axes:
-            array = collectives.own_slice(array, axes, i, scope.size(axes))
-    return array
 
 
 def _flatten(t: Tensor) -> tuple[tuple[Any], Any]:
     if t.scope is None:
-        return (t._cell,), (t.dims, t.role, None, None, ())
-    own = _axes_held(t) if isinstance(t.raw, jax.Array) else _NOTHING
-    if t.role == PARAMETER:
-        assert not t.partial
-        return (collectives.vary(t.raw, own) if own else t.raw,), (t.dims, t.role, t.scope, t.rest, t.copies)
-    return (t.local(own) if own or not t.settled else t.raw,), (t.dims, t.role, t.scope, None, ())
+        return (t._cell,), (t.dims, t.role, None, None)
+    held = isinstance(t.raw, jax.Array)
+    rest = t.home if t.copies else t.rest
+    if t.role != PARAMETER or (t.copies and rest is None) or _rests_over(rest, mapped_axes()):
+        own = _axes_held(t, None) if held else _NOTHING
+        return (t.local(own) if own or not t.settled else t.raw,), (t.dims, t.role, t.scope, None)
+    assert not t.partial
+    own = _axes_held(t, rest) if held else _NOTHING
+    raw = t.at_home() if held and t.copies else t.raw
+    return (collectives.vary(raw, own) if own else raw,), (t.dims, t.role, t.scope, rest)
 
 
-def _axes_held(t: Tensor) -> frozenset[str]:
+def _rests_over(rest: Split | None, axes: frozenset[str]) -> bool:
+    """Whether a parameter rests over axes that a surrounding ``vmap`` has taken: each position has its own gradient."""
+    return bool(axes) and any(axes.intersection(some) for some in rest or ())
+
+
+def _axes_held(t: Tensor, rest: Split | None) -> frozenset[str]:
     """The axes over which a slice varies once its promises are kept, or, a parameter's, as it is held. A tensor goes
     into a loop or a jitted function varying over all of them, so that what comes round has the type of what went in."""
     assert t.scope is not None
-    parts = [t.scope.split(t.dims, "A tensor")]
-    if t.role == PARAMETER:
-        parts += [t.rest or (), (t.copies,)]
-    return frozenset(a for part in parts for axes in part for a in axes)
+    parts = [t.scope.split(t.dims, "A tensor"), rest or ()]
+    return mapped_axes().union(a for part in parts for axes in part for a in axes)
 
 
 def _flatten_with_keys(t: Tensor) -> tuple[tuple[Any], Any]:
@@ -538,10 +548,10 @@ def _flatten_with_keys(t: Tensor) -> tuple[tuple[Any], Any]:
 
 
 def _unflatten(aux: Any, children: Any) -> Tensor:
-    these, role, scope, rest, copies = aux
+    these, role, scope, rest = aux
     t = object.__new__(Tensor)
     held = children[0] if scope is None else Cell(children[0])
-    _set(t, held, these, role, scope, rest, (), copies)
+    _set(t, held, these, role, scope, rest)
     return t
 
 

@@ -31,7 +31,7 @@ from ..dims import Dim, Dims, Names, as_names, find, index_of, num_elements
 from ..errors import fail, fail_type, nearest
 from ..scope import Axes, Scope
 from ..tensor import PARAMETER, Tensor, make
-from .lowering import axes_of, check_operand, is_scalar, run, wanted
+from .lowering import axes_of, check_operand, copied, is_scalar, run, wanted
 from .window import window
 
 MODES = ("constant", "edge", "reflect", "wrap")
@@ -48,16 +48,19 @@ def along(
     """
     function = on_words(function)
     change = num_elements(after) - num_elements(x.dims)
-    each_use = (x.role == PARAMETER or bool(x.copies)) and not x.partial
+    each_use = (x.role == PARAMETER or bool(x.copies)) and not x.pending
     less = change < 0 or (change == 0 and each_use)
     at_rest = x.rest is not None and any(x.rest[index_of(x.dims, name, asked)] for name in names)
-    if x.scope is None or x.settled or at_rest or not less or (x.copies and not after):
-        result = run(function, [x], wanted(asked, x.dims))
-        return make(result, after, asked=asked, role=x.role, partial=partial)
+    promises = x.rest is not None or x.pending or x.copies
+    if x.scope is None or not promises or at_rest or not less or (x.copies and not after):
+        want = wanted(asked, x.dims)
+        copies = copied([x], want)
+        result = run(function, [x], want.union(copies))
+        return make(result, after, asked=asked, role=x.role, partial=partial, copies=copies)
     held = dict(zip(x.names, x.rest, strict=True)) if x.rest is not None else {}
     rest = tuple(held.get(d.name, ()) for d in after)
     return make(
-        function(x.raw), after, asked=asked, role=x.role, rest=rest, partial=x.partial + partial, copies=x.copies
+        function(x.held), after, asked=asked, role=x.role, rest=rest, partial=x.pending + partial, copies=x.copies
     )
 
 

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import opt_einsum
 
 from .. import collectives
-from ..cell import merge_runs
 from ..dims import Dims, Names, as_names, check_unique, find, names_of, show, sizes_of, union, without
 from ..errors import fail, fail_type, nearest
+from ..held import merge_runs
 from ..scope import Axes, current_manual
 from ..tensor import PARAMETER, Tensor, make
 from .lowering import check_operand, copied, local_sizes, run, wanted

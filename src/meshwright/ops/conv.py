@@ -22,6 +22,10 @@ a window dim of the kernel      an all-gather of the kernel
 
 Locally all dims of a kind are merged into one, for ``jax.lax.conv_general_dilated`` with the channels last. A depthwise
 kernel of few taps is a sum of products instead, a term for each tap: an elementwise function, which XLA fuses.
+
+Under XLA's partitioner the dims of ``over`` are whole on every device for the convolution proper, and all dims where
+there are groups: it multiplies gradients of a convolution by the size of a mesh axis that splits none of its dims, and
+refuses some grouped ones by ending the process (JAX 0.10).
 """
 
 import itertools
@@ -35,10 +39,22 @@ from jax import lax
 
 from ..dims import Dims, Names, as_names, find, index_of, names_of, show, union, without
 from ..errors import fail, nearest
+from ..held import gathered
 from ..scope import Axes, Split
-from ..tensor import PARAMETER, Tensor, gathered, make
+from ..tensor import PARAMETER, Tensor, make
 from .lowering import align, check_operand, run, split_of, wanted
-from .strides import ByName, Padding, Reach, Stretch, make_reaches, resized_dims, skipped, stretch, summed_in
+from .strides import (
+    ByName,
+    Padding,
+    Reach,
+    Stretch,
+    make_reaches,
+    resized_dims,
+    skipped,
+    stretch,
+    summed_in,
+    whole_for_xla,
+)
 
 Over = Names | Mapping[str, str]
 
@@ -216,19 +232,23 @@ def _convolved(
     at = [len(roles.batch) + i for i in range(len(reaches))]
     depthwise = not roles.inputs + roles.outputs and math.prod(roles.taps.values()) <= FEW_TAPS
 
+    def together(array: Any, these: Dims) -> Any:
+        return array if depthwise else whole_for_xla(array, these, names_of(these if roles.groups else roles.spatial))
+
     def reach(lhs: Any) -> Stretch:
-        return stretch(align(lhs, x.dims, roles.lhs).astype(dtype), reaches, at)
+        lhs = together(align(lhs, x.dims, roles.lhs), roles.lhs)
+        return stretch(lhs.astype(dtype), reaches, at)
 
     reached = run(reach, [x], want, linear=True)
 
     def local(rhs: Any) -> Any:
         rhs = gathered(rhs, _only(kernel.dims, roles.windows, asked), want, x.scope)
-        rhs = align(rhs, kernel.dims, roles.rhs).astype(dtype)
+        rhs = together(align(rhs, kernel.dims, roles.rhs).astype(dtype), roles.rhs)
         if depthwise:
             out = _sum_of_products(reached, rhs, roles, reaches, preferred)
         else:
             out = _product(reached, rhs, roles, reaches, preferred, precision)
-        return align(skipped(out, reaches, at, reached.skips), made, kept)
+        return align(together(skipped(out, reaches, at, reached.skips), made), made, kept)
 
     result = run(local, [kernel], want, again=kernel.role == PARAMETER)
     return make(result, kept, asked=asked, partial=_axes_of(roles.inputs, asked))

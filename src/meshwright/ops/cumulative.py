@@ -13,7 +13,8 @@ that share the dim out; each then joins what the devices before it had to its sl
 The gradient of cumsum is JAX's. Those of the others are stated here: JAX's depend at ties on the shape of its tree of
 comparisons, and are NaN behind a leading -inf. The rule: position i has the gradient of the whole reduction of its
 stretch. So ``cummax`` shares it equally between the ties met so far, as ``max`` does, and ``cumlogsumexp`` hands it out
-as a softmax. They are scans too, of each value together with its tangent.
+as a softmax. They are scans too, of each value together with its tangent. A NaN so far is the greatest and the least,
+and shares their gradient with no other value; in ``cumprod`` and ``cumlogsumexp`` it makes gradients NaN. (An infinity may too, not always under every layout.)
 """
 
 import functools
@@ -134,12 +135,31 @@ def _with_tangents_jvp(
     carried = kind.carry(*primals, *tangents)
     local = _tree(kind.join_carried, carried, at, reverse)
     if axes:
-        totals = tuple(_totals(x, at, axes, reverse) for x in local)
-        scanned = _tree(kind.join_carried, totals, at, reverse)
         starts = (kind.start(carried[0].dtype), *(0 for _ in carried[1:]))
-        before = tuple(_before(x, start, at, axes, reverse) for x, start in zip(scanned, starts, strict=True))
-        local = kind.join_carried(before, local)
+        totals = tuple(_totals(x, at, axes, reverse) for x in local)
+        before = tuple(_others_nothing(x, start, at, axes, reverse) for x, start in zip(totals, starts, strict=True))
+        local = kind.join_carried(_whole(kind.join_carried, before, at), local)
     return local[0], kind.tangent(local)
+
+
+def _others_nothing(totals: Any, start: Any, at: int, axes: Axes, reverse: bool) -> Any:
+    """The totals of the devices before this one; for the others ``start``, through which no NaN of theirs, times a
+    gradient of zero, comes back."""
+    place = lax.broadcasted_iota(jnp.int32, [n if i == at else 1 for i, n in enumerate(totals.shape)], at)
+    own = collectives.index(axes)
+    return jnp.where(place > own if reverse else place < own, totals, jnp.asarray(start, totals.dtype))
+
+
+def _whole(join: Callable[[Arrays, Arrays], Arrays], arrays: Arrays, at: int) -> Arrays:
+    """All positions joined to one; the joins do not mind the order."""
+    while (size := arrays[0].shape[at]) > 1:
+        parts = [
+            tuple(lax.slice_in_dim(x, first, stop, axis=at) for x in arrays)
+            for first, stop in ((0, size // 2), (size // 2, size // 2 * 2), (size // 2 * 2, size))
+        ]
+        joined = join(parts[0], parts[1])
+        arrays = tuple(jnp.concatenate(pair, at) for pair in zip(joined, parts[2], strict=True)) if size % 2 else joined
+    return arrays
 
 
 def _tree(join: Callable[[Arrays, Arrays], Arrays], arrays: Arrays, at: int, reverse: bool) -> Arrays:
@@ -180,9 +200,9 @@ def _join_products(one: Arrays, two: Arrays) -> Arrays:
 
 
 def _join_extremes(pick: Join, one: Arrays, two: Arrays) -> Arrays:
-    """Of the ties for the extreme, the tangents are added up and the places counted."""
+    """Of the ties for the extreme, the tangents are added up and the places counted. NaN ties with NaN."""
     best = pick(one[0], two[0])
-    keeps = [(x[0] == best).astype(x[1].dtype) for x in (one, two)]
+    keeps = [((x[0] == best) | (x[0] != x[0])).astype(x[1].dtype) for x in (one, two)]
     added, counted = (keeps[0] * one[i] + keeps[1] * two[i] for i in (1, 2))
     return best, added, counted
 

@@ -20,6 +20,7 @@ from jax.scipy import special
 
 from ..dims import Dims, show, union
 from ..errors import fail, fail_type
+from ..scope import mapped_axes
 from ..tensor import ACTIVATION, Role, Tensor, make, operator
 from .lowering import align, check_operand, copied, operand_list, run, wanted
 
@@ -84,18 +85,38 @@ def _held_alike(tensors: Sequence[Tensor], on_sums: bool) -> bool:
     first = tensors[0]
     if not (first.rest or first.pending or first.copies) or (first.pending and not on_sums):
         return False
+    if first.pending and _promotes_integers(tensors):
+        return False
+    if mapped_axes():  # what the other operands hold may differ along the axes over which this one rests
+        return False
     same_dims = first.rest is None or all(x.dims == first.dims for x in tensors)
     return same_dims and all(
         (x.rest, x.pending, x.copies) == (first.rest, first.pending, first.copies) for x in tensors
     )
 
 
+def _promotes_integers(tensors: Sequence[Tensor]) -> bool:
+    """Whether addends would become wider before their sum, which wraps round in the narrower dtype."""
+    mixed = any(x.dtype != tensors[0].dtype for x in tensors)
+    return mixed and not all(jnp.issubdtype(x.dtype, jnp.inexact) for x in tensors)
+
+
 def _on_held(
     asked: str, function: Callable[..., Any], operands: Sequence[Any], tensors: Sequence[Tensor], role: Role
 ) -> Any:
     first, out = tensors[0], _containing(tensors, asked)
-    result = function(*(align(x.held, x.dims, out) if isinstance(x, Tensor) else x for x in operands))
-    return make(result, out, asked=asked, role=role, rest=first.rest, partial=first.pending, copies=first.copies)
+
+    def on_arrays(*arrays: Any) -> Any:
+        given = iter(arrays)
+        return function(*(align(next(given), x.dims, out) if isinstance(x, Tensor) else x for x in operands))
+
+    t = make(
+        on_arrays(*(x.held for x in tensors)), out, asked=asked, role=role, rest=first.rest, partial=first.pending,
+        copies=first.copies, home=first.home if all(x.home == first.home for x in tensors) else None,
+    )  # fmt: skip
+    if len(tensors) == 1:
+        t.share_sum(first, on_arrays)
+    return t
 
 
 def _containing(tensors: Sequence[Tensor], asked: str) -> Dims:

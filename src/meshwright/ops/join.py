@@ -5,7 +5,7 @@ side: permutes, and no gather. A new dim that is split costs nothing, since ever
 keeps its own. ``unstack`` of a split dim is asked for all of it on every device: one all-gather.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from jax import lax
 from .. import collectives
 from ..dims import Dim, Dims, as_dims, check_unique, find, index_of, names_of, without
 from ..errors import fail, fail_type
-from ..tensor import Tensor, make, operator
+from ..scope import mapped_axes
+from ..tensor import ACTIVATION, PARAMETER, Tensor, make, operator
 from .along import along, global_places, on_words, read, resized, shared_out, whole
-from .lowering import align, check_operand, is_scalar, operand_list, run, wanted
+from .lowering import align, check_operand, copied, is_scalar, operand_list, run, wanted
 from .slicing import index
 from .window import window
 
@@ -59,7 +60,7 @@ def concat(tensors: Iterable[Tensor], name: str) -> Any:
             before += size
         return out
 
-    return make(run(local, joined, want), after, asked="concat")
+    return _joined(local, joined, want, after, at, "concat")
 
 
 def stack(tensors: Iterable[Any], dim: Dim | str) -> Any:
@@ -92,7 +93,24 @@ def stack(tensors: Iterable[Any], dim: Dim | str) -> Any:
         stacked = jnp.stack([align(a, x.dims, first) for a, x in zip(arrays, named, strict=True)] if named else arrays)
         return on_words(lambda s: collectives.own_slice(s, axes, 0, num))(stacked) if num > 1 else stacked
 
-    return make(run(local, named, want) if named else local(*joined), after, asked="stack")
+    return _joined(local, named, want, after, 0, "stack") if named else make(local(*joined), after, asked="stack")
+
+
+def _joined(
+    local: Callable[..., Any], tensors: Sequence[Tensor], want: frozenset[str], after: Dims, at: int, asked: str
+) -> Any:
+    """Tensors joined along position ``at`` of ``after``. Parameters that rest alike are joined as they rest, and what
+    comes out is one more: gathered at each of its uses, its gradient scattered, as those of its parts."""
+    first = tensors[0]
+    role = first.role if all(x.role == first.role for x in tensors) else ACTIVATION
+    held = dict(zip(first.names, first.rest, strict=True)) if first.rest is not None else {}
+    alike = all(x.names == first.names and x.rest == first.rest and not (x.pending or x.copies) for x in tensors)
+    if held and role == PARAMETER and alike and not held.get(after[at].name) and not mapped_axes():
+        axes = {a for some in held.values() for a in some}
+        array = local(*(collectives.vary(x.raw, want.union(axes)) for x in tensors))
+        return make(array, after, asked=asked, role=role, rest=tuple(held.get(d.name, ()) for d in after))
+    copies = copied(tensors, want)
+    return make(run(local, tensors, want.union(copies)), after, asked=asked, role=role, copies=copies)
 
 
 @operator("unstack")

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from .. import collectives
 from ..dims import Dim, Dims, find, names_of, show
 from ..errors import fail, fail_type
-from ..scope import Axes, Split, current_manual
+from ..held import slice_own
+from ..scope import Axes, Split, current_manual, mapped_axes
 from ..tensor import PARAMETER, Role, Tensor, check_home, make
 from .lowering import axes_of, is_scalar
-from .transform import mapped_axes
 from .transform import remat as rematerialised
 
 
@@ -33,6 +33,7 @@ class Held:
     role: Role = ""
     rest: Split | None = None
     copies: Axes = ()
+    home: Split | None = None
 
     def unpack(self, x: Any, asked: str) -> Any:
         """The array of ``x`` in this form; its type varies over all the axes that it can."""
@@ -51,12 +52,15 @@ class Held:
         as_it_is = (x.rest, x.copies, x.partial) == (self.rest, self.copies, ())
         axes = {a for part in (scope.split(self.dims, asked), self.rest or ()) for axes in part for a in axes}
         varying = frozenset(axes | set(self.copies)) | mapped_axes()
-        return collectives.vary(x.raw if as_it_is else x.array, varying)
+        if as_it_is:
+            return collectives.vary(x.raw, varying)
+        whole = x.local(varying)
+        return collectives.vary(slice_own(whole, scope, self.rest) if self.rest else whole, varying)
 
     def pack(self, array: Any, asked: str) -> Any:
         if self.dims is None:
             return array
-        return make(array, self.dims, asked=asked, role=self.role, rest=self.rest, copies=self.copies)
+        return make(array, self.dims, asked=asked, role=self.role, rest=self.rest, copies=self.copies, home=self.home)
 
 
 def held_as(x: Any) -> Held:
@@ -64,7 +68,7 @@ def held_as(x: Any) -> Held:
     if not isinstance(x, Tensor):
         return Held(None)
     if x.role == PARAMETER:
-        return Held(x.dims, x.role, x.rest, x.copies)
+        return Held(x.dims, x.role, x.rest, x.copies, x.home)
     return Held(x.dims, x.role)
 
 
@@ -197,9 +201,10 @@ def _leading(x: Any, d: Dim, where: str) -> tuple[Any, Held]:
         across = scope.axes_of(d.name) + (form.rest[at] if form.rest else ())
         if across:
             array = collectives.gather_equal(array, across, at)
-    rest = form.rest[:at] + form.rest[at + 1 :] if form.rest else None
+    rest, home = (split[:at] + split[at + 1 :] if split else None for split in (form.rest, form.home))
+    home = home if form.home and not form.home[at] else None
     kept = x.dims[:at] + x.dims[at + 1 :]
-    return jnp.moveaxis(array, at, 0), Held(kept or None, form.role, rest, form.copies)
+    return jnp.moveaxis(array, at, 0), Held(kept or None, form.role, rest, form.copies, home)
 
 
 def _stacked(packing: Packing, arrays: Sequence[Any], d: Dim) -> Any:

@@ -18,7 +18,7 @@ from jax.extend import source_info_util
 from .. import collectives
 from ..dims import Dim, Dims, Names, as_names, index_of, names_of, show
 from ..errors import fail_type
-from ..scope import Axes, Scope, Split, current_manual
+from ..scope import Axes, Scope, Split, current_manual, mapped_axes
 from ..tensor import PARAMETER, Tensor, check_home
 
 Scalar = bool | int | float | complex | np.generic | np.ndarray | jax.Array
@@ -62,7 +62,7 @@ def wanted(asked: str, *all_dims: Dims) -> frozenset[str]:
     scope = current_manual()
     if scope is None:
         return frozenset()
-    return frozenset(a for these in all_dims for axes in scope.split(these, asked) for a in axes)
+    return mapped_axes().union(a for these in all_dims for axes in scope.split(these, asked) for a in axes)
 
 
 def local_sizes(these: Dims, asked: str) -> tuple[int, ...]:

@@ -70,8 +70,14 @@ def reorder(x: Any, *names: Any) -> Any:
     if after == x.dims:
         return x
     rest = tuple(x.rest[i] for i in order) if x.rest is not None else None
-    array = jnp.transpose(x.held, order)
-    return make(array, after, asked="reorder", role=x.role, rest=rest, partial=x.pending, copies=x.copies)
+    home = tuple(x.home[i] for i in order) if x.home is not None else None
+    t = make(
+        jnp.transpose(x.held, order), after, asked="reorder", role=x.role, rest=rest, partial=x.pending,
+        copies=x.copies, home=home,
+    )  # fmt: skip
+    if isinstance(t, Tensor):
+        t.share_sum(x, lambda array: jnp.transpose(array, order))
+    return t
 
 
 @operator("broadcast")

@@ -19,11 +19,20 @@ from jax import lax
 from .. import collectives
 from ..dims import Dim, Dims, find, index_of, show
 from ..errors import fail, fail_type
-from ..scope import current
 from ..tensor import Tensor, make
 from .along import along, shared_out, whole
 from .lowering import check_operand, run, wanted
-from .strides import ByName, Padding, Reach, Stretch, make_reaches, resized_dims, stretch, summed_in
+from .strides import (
+    ByName,
+    Padding,
+    Reach,
+    Stretch,
+    make_reaches,
+    resized_dims,
+    stretch,
+    summed_in,
+    whole_for_xla,
+)
 
 
 def max_pool(
@@ -154,12 +163,7 @@ def _least(dtype: Any) -> Any:
 def _together(array: Any, these: Dims, reaches: Sequence[Reach]) -> Any:
     """Under XLA's partitioner: overlapping windows on one device. Split, it loses gradients of their maxima where one
     element has several (select-and-scatter, in JAX 0.10 and 0.11)."""
-    scope = current()
-    overlapping = [reach.name for reach in reaches if reach.span > reach.stride]
-    if scope is None or scope.manual or not any(scope.axes_of(name) for name in overlapping):
-        return array
-    kept = [() if d.name in overlapping else scope.axes_of(d.name) for d in these]
-    return collectives.constrain(array, scope.mesh, kept)
+    return whole_for_xla(array, these, [reach.name for reach in reaches if reach.span > reach.stride])
 
 
 def _summed(

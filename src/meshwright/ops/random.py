@@ -30,7 +30,8 @@ import jax.numpy as jnp
 from .. import collectives
 from ..dims import Dim, Dims, Names, as_dims, show, sizes_of, union
 from ..errors import fail, fail_type
-from ..tensor import Tensor, make, slice_own
+from ..held import slice_own
+from ..tensor import Tensor, make
 from .elementwise import add
 from .lowering import align, axes_of, check_operand, local_sizes, over_names, positions, run, wanted
 from .reduce import argmax

@@ -4,7 +4,7 @@
 operation                       local                           between devices
 ==============================  ==============================  =======================================
 sum, mean                       sum                             sum, pending until it is used
-max, min                        max, min                        all-reduce (max, min)
+max, min                        max, min                        all-reduce (max, min; floats as integers)
 any, all                        or, and                         all-reduce of int32 (max, min)
 prod                            product                         gather of one value a device
 var, std                        sums                            two sums
@@ -13,6 +13,7 @@ argmax, argmin                  best and its global index       gather of one ca
 ==============================  ==============================  =======================================
 """
 
+import builtins
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,8 +23,8 @@ import jax.numpy as jnp
 
 from .. import collectives
 from ..dims import Names, find, num_elements, show, without
-from ..errors import fail
-from ..scope import Axes, current_manual
+from ..errors import fail, fail_type
+from ..scope import Axes, current, current_manual
 from ..tensor import Tensor, make, operator
 from .elementwise import astype, conj, divide, multiply, real, sqrt, stop_gradient, subtract
 from .lowering import axes_of, check_operand, copied, over_names, positions, run, wanted
@@ -65,13 +66,17 @@ def _split_axes(x: Tensor, names: Sequence[str]) -> Axes:
 @operator("sum")
 def sum(x: Any, over: Names | None = None, *, dtype: Any = None) -> Any:
     """The sum over dims: a name, several, or all when None. Integers and booleans add up as in NumPy."""
+    if dtype is not None and jnp.dtype(dtype) == jnp.bool_:
+        return any(x, over)
     return _reduce("sum", x, over, lambda array, where: jnp.sum(array, where, dtype=dtype), None)
 
 
 @operator("mean")
 def mean(x: Any, over: Names | None = None, *, dtype: Any = None) -> Any:
-    """The mean over dims: a name, several, or all when None."""
+    """The mean over dims: a name, several, or all when None. Of integers in float32; ``dtype`` is an inexact one."""
     check_operand(x, "mean", scalars=False)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise fail_type(f"mean: dtype={jnp.dtype(dtype).name} cannot hold a mean; write mw.mean(x, ...).astype(dtype).")
     count = num_elements(find(x.dims, name, "mean") for name in over_names(x, over, "mean"))
 
     def local(array: Any, where: tuple[int, ...]) -> Any:
@@ -114,13 +119,13 @@ def all(x: Any, over: Names | None = None) -> Any:
 
 @operator("max")
 def max(x: Any, over: Names | None = None) -> Any:
-    """The greatest value over dims; its gradient is shared equally between ties, as in JAX."""
+    """The greatest value over dims, NaN where one is; its gradient is shared equally between ties, as in JAX."""
     return _extreme("max", x, over, jnp.max, collectives.all_max)
 
 
 @operator("min")
 def min(x: Any, over: Names | None = None) -> Any:
-    """The least value over dims; its gradient is shared equally between ties, as in JAX."""
+    """The least value over dims, NaN where one is; its gradient is shared equally between ties, as in JAX."""
     return _extreme("min", x, over, jnp.min, collectives.all_min)
 
 
@@ -130,7 +135,13 @@ def _extreme(asked: str, x: Any, over: Names | None, local: Callable[..., Any], 
     where, axes = positions(x, names, asked), _split_axes(x, names)
     if not names:
         return x
-    function = functools.partial(_joined_extreme, local, join, where, axes) if axes else lambda a: local(a, where)
+    scope = current()
+    if axes:
+        function = functools.partial(_joined_extreme, local, join, where, axes)
+    elif scope is not None and not scope.manual and builtins.any(scope.axes_of(name) for name in names):
+        function = functools.partial(_joined_extreme, local, None, where, ())
+    else:
+        function = functools.partial(local, axis=where)
     want = wanted(asked, x.dims)
     copies = copied([x], want)
     return make(run(function, [x], want.union(copies)), without(x.dims, names), asked=asked, copies=copies)
@@ -138,7 +149,13 @@ def _extreme(asked: str, x: Any, over: Names | None, local: Callable[..., Any], 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _joined_extreme(local: Any, join: Any, where: tuple[int, ...], axes: Axes, array: Any) -> Any:
-    return join(local(array, where), axes)
+    """The extreme of a slice joined across devices: by ``join``, or where that is None by XLA's partitioner."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return join(local(array, where), axes) if join is not None else local(array, where)
+    beyond = local is jnp.max
+    if join is None:
+        return _from_keys(local(_keys(array, beyond), where), array.dtype)
+    return _from_keys(join(_keys(local(array, where), beyond), axes), array.dtype)
 
 
 @_joined_extreme.defjvp
@@ -149,8 +166,26 @@ def _joined_extreme_jvp(
     (array,), (tangent,) = primals, tangents
     best = _joined_extreme(local, join, where, axes, array)
     attains = (array == jnp.expand_dims(best, where)).astype(tangent.dtype)
-    count = collectives.all_sum(jnp.sum(attains, where), axes)
-    return best, collectives.all_sum(jnp.sum(attains * tangent, where), axes) / count
+    count, total = jnp.sum(attains, where), jnp.sum(attains * tangent, where)
+    if axes:
+        count, total = collectives.all_sum(count, axes), collectives.all_sum(total, axes)
+    return best, total / count
+
+
+def _keys(x: Any, beyond: bool) -> Any:
+    """Integers in the order of floats, NaN above them all (``beyond``) or below: backends drop NaN from the maximum of
+    floats across devices. A negative float's bits grow with its distance from zero, so those but the sign's turn."""
+    wide = x.astype(_wide(x.dtype))
+    kind = jnp.iinfo(jnp.int64 if wide.dtype.itemsize == 8 else jnp.int32)
+    bits = jax.lax.bitcast_convert_type(wide, kind.dtype)
+    keys = jnp.where(bits < 0, bits ^ kind.max, bits)
+    return jnp.where(jnp.isnan(wide), kind.max if beyond else kind.min, keys)
+
+
+def _from_keys(keys: Any, dtype: Any) -> Any:
+    """The floats that ``_keys`` made the integers of: what lies beyond infinity is NaN."""
+    bits = jnp.where(keys < 0, keys ^ jnp.iinfo(keys.dtype).max, keys)
+    return jax.lax.bitcast_convert_type(bits, f"float{8 * keys.dtype.itemsize}").astype(dtype)
 
 
 @operator("var")

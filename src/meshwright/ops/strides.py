@@ -26,6 +26,7 @@ from jax import lax
 from .. import collectives
 from ..dims import Dim, Dims, find, show
 from ..errors import fail, fail_type, nearest
+from ..scope import current
 from ..tensor import Tensor
 from .along import shared_out, whole
 from .window import window
@@ -145,6 +146,15 @@ def skipped(array: Array, reaches: Sequence[Reach], at: Sequence[int], skips: Se
             start = jnp.asarray(by_device, jnp.int32)[collectives.index(axes)]
             array = lax.dynamic_slice_in_dim(array, start, reach.num_outputs // num, position)
     return array
+
+
+def whole_for_xla(array: Array, these: Dims, names: Sequence[str]) -> Array:
+    """Under XLA's partitioner: ``array`` with the dims ``names`` whole on every device, the others split as they are."""
+    scope = current()
+    if scope is None or scope.manual or not any(scope.axes_of(name) for name in names):
+        return array
+    kept = [() if d.name in names else scope.axes_of(d.name) for d in these]
+    return collectives.constrain(array, scope.mesh, kept)
 
 
 def summed_in(dtype: Any) -> Any:

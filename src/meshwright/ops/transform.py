@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from .. import collectives
 from ..dims import Dim, Dims, Names, as_dims, as_names, find, index_of, show, union, without
 from ..errors import fail, fail_type, nearest
-from ..scope import current_manual
+from ..scope import Split, current_manual, mapping
 from ..tensor import ACTIVATION, PARAMETER, Tensor, check_home, make
 from .lowering import align, check_operand, doing_again, run, split_of, wanted
 
@@ -48,14 +48,17 @@ def remat(f: Callable[..., Any], save: Any = "nothing", *, in_loop: bool = False
 
     @functools.wraps(f)
     def run_again(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs))
+        given, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_copy)
+        copies = {i: x for i, x in enumerate(given) if _is_copy(x)}  # gathered already: not to be taken apart
+        leaves, tree = jax.tree.flatten([x.raw if i in copies else x for i, x in enumerate(given)])
         dynamic = [isinstance(x, jax.Array) or jnp.isscalar(x) for x in leaves]
 
         def on_arrays(*arrays: Any) -> Any:
             given = iter(arrays)
-            all_args, all_kwargs = jax.tree.unflatten(
-                tree, [next(given) if d else x for d, x in zip(dynamic, leaves, strict=True)]
-            )
+            values = jax.tree.unflatten(tree, [next(given) if d else x for d, x in zip(dynamic, leaves, strict=True)])
+            for i, x in copies.items():
+                values[i] = make(values[i], x.dims, asked="remat", role=x.role, copies=x.copies, home=x.home)
+            all_args, all_kwargs = jax.tree.unflatten(structure, values)
             with context():
                 return f(*all_args, **all_kwargs)
 
@@ -63,6 +66,10 @@ def remat(f: Callable[..., Any], save: Any = "nothing", *, in_loop: bool = False
         return jax.checkpoint(on_arrays, policy=policy, prevent_cse=not in_loop)(*arrays)
 
     return run_again
+
+
+def _is_copy(x: Any) -> bool:
+    return isinstance(x, Tensor) and bool(x.copies)
 
 
 def _keeps_results_only(save: Any) -> bool:
@@ -100,14 +107,6 @@ def saved(x: Any, name: str) -> Any:
     return make(checkpoint_name(x.array, name), x.dims, asked="saved")
 
 
-_mapped = jax.make_user_context(frozenset())
-
-
-def mapped_axes() -> frozenset[str]:
-    """The axes of the dims that a surrounding ``vmap`` has taken away: every value may vary over them."""
-    return _mapped.value  # type: ignore[no-any-return]
-
-
 def vmap(f: Callable[..., Any], dim: str | Dim) -> Callable[..., Any]:
     """``f`` run for each position along a dim: it sees tensors without it, and its results have it, first.
 
@@ -129,7 +128,7 @@ def vmap(f: Callable[..., Any], dim: str | Dim) -> Callable[..., Any]:
 
         def on_arrays(*arrays: Any) -> Any:
             tensors = [pack(a) for (_, _, pack), a in zip(taken, arrays, strict=True)]
-            with _mapped(mapped_axes() | frozenset(axes)):
+            with mapping(axes):
                 results, out_tree = jax.tree.flatten(
                     f(*jax.tree.unflatten(tree, tensors)), is_leaf=lambda x: isinstance(x, Tensor)
                 )
@@ -161,14 +160,24 @@ def _taken(x: Any, d: Dim) -> tuple[Any, int | None, Callable[[Any], Any]]:
     if not isinstance(x, Tensor):
         return x, None, lambda a: a
     check_home(x, "vmap")
-    if x.role == PARAMETER and x.rest is not None:
-        x = make(run(lambda a: a, [x], wanted("vmap", x.dims)), x.dims, asked="vmap")
     if d.name not in x.names:
-        return x.array, None, lambda a: make(a, x.dims, asked="vmap")
+        array, rest, home = (x.raw, x.rest, x.home) if x.role == PARAMETER else (x.array, None, None)
+        return array, None, lambda a: _inside(x, a, x.dims, rest, home)
     at = index_of(x.dims, d.name, "vmap")
     if x.dims[at] != d:
         raise fail(f"vmap: the dim {d.name!r} has size {x.dims[at].size} in ({show(x.dims)}), and {d.size} elsewhere.")
-    return x.array, at, lambda a: make(a, without(x.dims, (d.name,)), asked="vmap")
+    if x.role != PARAMETER or (x.rest is not None and x.rest[at]):
+        x = make(run(lambda a: a, [x], wanted("vmap", x.dims)), x.dims, asked="vmap") if x.rest is not None else x
+        return x.array, at, lambda a: make(a, without(x.dims, (d.name,)), asked="vmap", role=x.role)
+    rest, home = (split[:at] + split[at + 1 :] if split is not None else None for split in (x.rest, x.home))
+    return x.raw, at, lambda a: _inside(x, a, without(x.dims, (d.name,)), rest, home)
+
+
+def _inside(x: Tensor, array: Any, these: Dims, rest: Split | None, home: Split | None) -> Any:
+    """A parameter as the mapped function sees it: it stays as it lies."""
+    if x.role != PARAMETER:
+        return make(array, these, asked="vmap")
+    return make(array, these, asked="vmap", role=x.role, rest=rest, copies=x.copies, home=home)
 
 
 def apply(f: Callable[..., Any], *tensors: Tensor, dims_in: Names | Sequence[Names], dims_out: Any) -> Any:
@@ -185,7 +194,9 @@ def apply(f: Callable[..., Any], *tensors: Tensor, dims_in: Names | Sequence[Nam
             when it returns several arrays.
 
     Raises:
-        ValueError: the layout splits one of the dims that ``f`` works on, of which a device sees a slice only.
+        ValueError: the layout splits one of the dims that ``f`` works on, of which a device sees a slice only; ``f``
+            works on a dim of one tensor that it does not work on in another; or what it returns has not the dims
+            ``dims_out``.
     """
     for x in tensors:
         check_operand(x, "apply", scalars=False)
@@ -197,6 +208,7 @@ def apply(f: Callable[..., Any], *tensors: Tensor, dims_in: Names | Sequence[Nam
     several = isinstance(dims_out, list)
     results = [_result_dims(o, every) for o in (dims_out if several else [dims_out])]
     batch = without(every, [d.name for these in core_dims for d in these])
+    _check_same_cores(tensors, core_dims)
     _check_whole([*core_dims, *results])
 
     def on_arrays(*arrays: Any) -> Any:
@@ -208,10 +220,47 @@ def apply(f: Callable[..., Any], *tensors: Tensor, dims_in: Names | Sequence[Nam
         return run_all(*aligned)
 
     found = run(on_arrays, list(tensors), wanted("apply", batch))
-    made = [
-        make(a, batch + these, asked="apply") for a, these in zip(found if several else [found], results, strict=True)
-    ]
+    arrays = _checked_results(found, several, len(batch), results)
+    made = [make(a, batch + these, asked="apply") for a, these in zip(arrays, results, strict=True)]
     return made if several else made[0]
+
+
+def _check_same_cores(tensors: Sequence[Tensor], core_dims: Sequence[Dims]) -> None:
+    """Raise where a dim would be gone from one tensor, worked on, and be left in another."""
+    for core in core_dims:
+        for x, other in zip(tensors, core_dims, strict=True):
+            for d in core:
+                if d in x.dims and d not in other:
+                    worked_on = ", ".join(f"({' '.join(d.name for d in these)})" for these in core_dims)
+                    raise fail(
+                        f"apply: the function works on the dim {d.name!r} of one tensor and is to run for each of its "
+                        f"positions in another.\n  tensors: {'; '.join(f'({show(t.dims)})' for t in tensors)}\n"
+                        f"  dims_in: {worked_on}\n"
+                        f"  Name it in dims_in for every tensor that has it, or rename it in one: "
+                        f"x.rename({d.name}={d.name + '_in'!r})."
+                    )
+
+
+def _checked_results(found: Any, several: bool, num_batch: int, results: Sequence[Dims]) -> list[Any]:
+    """What a function given to ``apply`` returned, as a list, held against ``dims_out``."""
+    is_sequence = isinstance(found, tuple | list)
+    if is_sequence != several or (several and len(found) != len(results)):
+        returned = f"a {type(found).__name__} of {len(found)}" if is_sequence else f"one {type(found).__name__}"
+        raise fail(
+            f"apply: the function returned {returned}; dims_out says "
+            f"{f'a tuple of {len(results)} arrays' if several else 'one array'}. dims_out is a list, with an entry for "
+            "each array, where the function returns a tuple of them."
+        )
+    arrays = [jnp.asarray(a) for a in (found if several else [found])]
+    for i, (a, these) in enumerate(zip(arrays, results, strict=True)):
+        if a.shape[num_batch:] != tuple(d.size for d in these):
+            which = f"result {i}" if several else "the result"
+            raise fail(
+                f"apply: dims_out asks for ({show(these)}), so the shape {tuple(d.size for d in these)}; {which} of the "
+                f"function has the shape {a.shape[num_batch:]}.\n"
+                "  Give dims_out the names of what the function makes, with their sizes: mw.Dim(name, size)."
+            )
+    return arrays
 
 
 def _batched(array: Any, have: Dims, batch: Dims, core: Dims) -> Any:

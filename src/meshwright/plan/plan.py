@@ -44,7 +44,8 @@ def plan(fn: Callable[..., Any], *args: Any) -> Plan:
     """
     if not callable(fn):
         raise fail_type(f"plan: expected a function, found {type(fn).__name__}. Write mw.plan(step, state, batch).")
-    traced: Any = (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args)  # type: ignore[attr-defined]
+    compiled: Any = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
+    traced = compiled.trace(*args)
     paths, _ = jax.tree_util.tree_flatten_with_path(args, is_leaf=lambda x: isinstance(x, Tensor))
     leaves, about = [], []
     for path, x in paths:

@@ -173,39 +173,36 @@ class _Reader:
         outs = self._results(eqn, ins, inside)
         op = Op(name, params, ins, outs, origin_of(chain, name, bool(inside)), inside)
         if not inside:
-            self._outside(op, eqn, nodes)
+            self._outside(op, *outside.communication(name, params, ins, outs, self.sizes), nodes)
         nodes.append(op)
         return op.outs
 
     def _results(self, eqn: Any, ins: Sequence[Value | None], inside: Sizes) -> tuple[Value, ...]:
         if inside:
             return tuple(_local(v.aval) for v in eqn.outvars)
-        splits = outside.splits(eqn, [v.split if v is not None else () for v in ins])
+        shapes = [tuple(getattr(v.aval, "shape", ())) for v in eqn.outvars]
+        splits = outside.splits(eqn.primitive.name, eqn.params, ins, shapes)
         return tuple(_slice(v.aval, split, self.sizes) for v, split in zip(eqn.outvars, splits, strict=True))
 
-    def _outside(self, op: Op, eqn: Any, nodes: list[Node]) -> None:
+    def _outside(self, op: Op, added: list[outside.Added], known: bool, nodes: list[Node]) -> None:
         """What XLA's partitioner adds to an operation on split arrays."""
-        added, known = outside.communication(op.name, op.params, op.ins, op.outs)
         if not known:
             self.unknown.append(op)
-        for kind, axes, value in added:
-            nodes.append(Op(kind, {"axes": axes}, (value,), (value,), op.origin, self.sizes))
+        for kind, axes, shape in added:
+            made = op.outs[0] if op.outs[0].shape == shape else Value(shape, op.outs[0].dtype)
+            given = op.ins[0] if kind != "all_reduce" else made
+            outs = op.outs if made is op.outs[0] or kind == "all_to_all" else (made, *op.outs)
+            nodes.append(Op(kind, {"axes": axes}, (given,), outs, op.origin, self.sizes))
 
     def _region(self, eqn: Any, ins: tuple[Value | None, ...], chain: Any, nodes: list[Node]) -> Sequence[Value | None]:
         params = eqn.params
         sizes = dict(params["mesh"].shape)
         self.sizes.update(sizes)
-        given = [_local(v.aval) for v in params["jaxpr"].invars]
-        for mine, outer in zip(given, ins, strict=True):
-            if outer is not None:
-                self._enter(mine, outer, nodes, chain)
-        same = [
-            outer if outer is not None and outer.shape == mine.shape else mine
-            for mine, outer in zip(given, ins, strict=True)
+        given = [
+            self._enter(v.aval, spec, outer, nodes, chain)
+            for v, spec, outer in zip(params["jaxpr"].invars, params["in_specs"], ins, strict=True)
         ]
-        for value, mine in zip(same, given, strict=True):
-            value.varying = mine.varying
-        inner = self.block(params["jaxpr"], same, chain, sizes)
+        inner = self.block(params["jaxpr"], given, chain, sizes)
         nodes.extend(inner.nodes)
         specs = [_split_of(spec, v.aval.ndim) for spec, v in zip(params["out_specs"], eqn.outvars, strict=True)]
         for value, split in zip(inner.outs, specs, strict=True):
@@ -213,12 +210,21 @@ class _Reader:
                 value.split = split
         return inner.outs
 
-    def _enter(self, mine: Value, outer: Value, nodes: list[Node], chain: Any) -> None:
-        """An array that lies otherwise than its region expects it is moved first, by XLA."""
-        if outer.shape != mine.shape and mine.num_elements > outer.num_elements:
-            axes = tuple(a for axes in outer.split for a in axes)
-            origin = origin_of(chain, "all_gather", True)
-            nodes.append(Op("all_gather", {"axis_name": axes}, (outer,), (mine,), origin, self.sizes))
+    def _enter(self, aval: Any, spec: PartitionSpec, outer: Value | None, nodes: list[Node], chain: Any) -> Value:
+        """An array as its region sees it: the same one where it lies as the region expects it, else moved by XLA."""
+        mine = _local(aval)
+        mine.split = _split_of(spec, len(mine.shape))
+        if outer is None:
+            return mine
+        added, known = outside.moved(outer, mine, self.sizes)
+        if added or not known:
+            op = Op("shard_map", {}, (outer,), (mine,), origin_of(chain, "shard_map", True), self.sizes)
+            self._outside(op, added, known, nodes)
+            nodes.append(op)
+        if outer.shape != mine.shape or added:
+            return mine
+        outer.varying = mine.varying
+        return outer
 
     def _scan(self, eqn: Any, ins: Any, chain: Any, inside: Sizes, nodes: list[Node]) -> Sequence[Value]:
         params, closed = eqn.params, eqn.params["jaxpr"]
@@ -261,14 +267,6 @@ class _Reader:
         outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, branches[0].outs, strict=True))
         nodes.append(Choice(branches, ins, outs, origin_of(chain, "cond", bool(inside))))
         return outs
-
-
-def _entered(mine: Value, outer: Value | None) -> Value:
-    """An array as its region sees it: the same one, where it lies as the region expects it."""
-    if outer is None or outer.shape != mine.shape:
-        return mine
-    outer.varying = mine.varying
-    return outer
 
 
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
@@ -315,7 +313,7 @@ def _like(aval: Any, x: Value | None, inside: Sizes, sizes: Sizes, *, drop: bool
 
 
 def _whole(const: Any) -> Value:
-    return Value(tuple(np.shape(const)), np.dtype(getattr(const, "dtype", np.float32)))
+    return Value(tuple(np.shape(const)), _dtype(const))
 
 
 class _Key:
@@ -326,7 +324,7 @@ class _Key:
 
 
 def _dtype(aval: Any) -> Any:
-    dtype = getattr(aval, "dtype", np.dtype(np.int32))
+    dtype = getattr(aval, "dtype", np.result_type(aval) if np.isscalar(aval) else np.dtype(np.int32))
     return _Key if jnp.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype)
 
 

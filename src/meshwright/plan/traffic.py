@@ -19,6 +19,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..scope import Axes
 from .origin import Origin
 from .program import Op, Program, each
@@ -92,9 +94,18 @@ def rows_of(op: Op, times: int = 1, sure: bool = True) -> Iterator[Collective]:
         return
     axes = op.params.get("axes", op.params.get("axis_name", ()))
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    if kind == PERMUTE:
+        axes = _moved_along(axes, op)
     size = math.prod(op.sizes[a] for a in axes)
     if size == 1:
         return
     for given, result in zip(op.ins, op.outs, strict=False):
         moved = result if kind == ALL_GATHER or given is None else given
         yield Collective(kind, axes, size, moved.dtype.name, moved.num_bytes, times, sure, op.origin)
+
+
+def _moved_along(axes: Axes, op: Op) -> Axes:
+    """The axes along which any device sends: neighbours along two axes may differ in one alone."""
+    shape = [op.sizes[a] for a in axes]
+    ends = [np.unravel_index([pair[i] for pair in op.params["perm"]], shape) for i in (0, 1)]
+    return tuple(a for a, here, there in zip(axes, *ends, strict=True) if (here != there).any())

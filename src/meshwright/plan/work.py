@@ -13,26 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .origin import RECOMPUTE, Origin
+from .primitives import BINARY, READING, UNARY
 from .program import Op, Program, each
 
 MATMUL, CONVOLUTION, ELEMENTWISE = "matmul", "convolution", "elementwise"
-
-_UNARY = frozenset({
-    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "cbrt", "ceil", "conj", "cos", "cosh", "digamma", "erf",
-    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "integer_pow", "is_finite", "lgamma", "log", "log1p",
-    "logistic", "neg", "not", "population_count", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "tan",
-    "tanh", "bessel_i0e", "bessel_i1e",
-})  # fmt: skip
-_BINARY = frozenset({
-    "add", "add_any", "and", "atan2", "clamp", "div", "eq", "ge", "gt", "igamma", "igammac", "le", "lt", "max", "min",
-    "mul", "ne", "nextafter", "or", "pow", "rem", "select_n", "shift_left", "shift_right_arithmetic",
-    "shift_right_logical", "sub", "xor", "regularized_incomplete_beta", "threefry2x32", "random_bits", "zeta",
-})  # fmt: skip
-_READING = frozenset({
-    "argmax", "argmin", "cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "reduce_and", "reduce_max",
-    "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor", "scatter-add", "scatter_add",
-    "reduce_window_sum", "reduce_window_max", "reduce_window", "select_and_scatter_add", "sort", "top_k",
-})  # fmt: skip
 
 
 def flops_of(op: Op) -> tuple[str, int]:
@@ -44,9 +28,9 @@ def flops_of(op: Op) -> tuple[str, int]:
         return MATMUL, 2 * out.num_elements * (left.shape[-1] if left is not None else 1)
     if op.name == "conv_general_dilated":
         return CONVOLUTION, 2 * op.outs[0].num_elements * _taps(op)
-    if op.name in _UNARY or op.name in _BINARY:
+    if op.name in UNARY or op.name in BINARY:
         return ELEMENTWISE, op.outs[0].num_elements
-    if op.name in _READING:
+    if op.name in READING:
         return ELEMENTWISE, next((v.num_elements for v in reversed(op.ins) if v is not None), 0)
     return ELEMENTWISE, 0
 

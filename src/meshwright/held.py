@@ -1,0 +1,64 @@
+"""What a device holds: slices, whole arrays made of them, and cells.
+
+A cell is one array inside a region, and what was derived from it, each thing once. The sum that three products of one
+tensor need, its gathered form, its form that varies over more axes: whoever needs it first makes it, and the others
+find it. It is made in the trace in which the array was made, wherever the first use stands, so that a use inside a
+loop or a rematerialised function leaves nothing behind that its neighbours cannot see.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import set_current_trace, take_current_trace
+
+from . import collectives
+from .scope import Scope, Split
+
+
+class Cell:
+    """One array of a region, and what was derived from it, each thing once."""
+
+    __slots__ = ("derived", "raw", "shared", "trace")
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+        self.derived: dict[Any, Any] = {}
+        self.shared: Callable[[], Any] | None = None
+        with take_current_trace() as trace:
+            self.trace = trace
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """``make()``, evaluated once and in the trace in which the array was made."""
+        if key not in self.derived:
+            with set_current_trace(self.trace):
+                self.derived[key] = make()
+        return self.derived[key]
+
+
+def merge_runs(array: Any, runs: tuple[int, ...]) -> Any:
+    """``array`` with runs of neighbouring dims merged into one: ``runs`` says how many dims each new one is made of."""
+    if len(runs) == array.ndim:
+        return array
+    sizes = iter(array.shape)
+    return jax.lax.reshape(array, tuple(math.prod(next(sizes) for _ in range(n)) for n in runs))
+
+
+def gathered(array: Any, rest: Split | None, want: frozenset[str], scope: Scope | None) -> Any:
+    """Join what the devices along ``rest`` hold. Where the use varies over an axis (it is in ``want``), the backward
+    pass reduce-scatters; where it does not, every device has the whole gradient and keeps its slice."""
+    for i, axes in enumerate(rest or ()):
+        if axes and want.issuperset(axes):
+            array = collectives.gather(array, axes, i, scope.sums if scope else None)
+        elif axes:
+            array = collectives.gather_equal(array, axes, i)
+    return array
+
+
+def slice_own(array: Any, scope: Scope, split: Split) -> Any:
+    """A device's slice of a whole array that every device holds."""
+    for i, axes in enumerate(split):
+        if axes:
+            array = collectives.own_slice(array, axes, i, scope.size(axes))
+    return array

@@ -1,0 +1,115 @@
+"""Touched: the bytes that each operation moves between a device's memory and its units.
+
+Compilers fuse: an elementwise operation reads what its neighbours made without a way through memory. Here elementwise
+operations of a block that hand values to one another are one pass, which reads each value from outside once and
+writes each value that something outside reads; a reduction ends the pass that feeds it. Views (reshapes, casts,
+broadcasts, transposes) cost nothing: whoever reads one reads what it is a view of. A product reads its operands and
+writes its result. A slice reads and writes what it cuts out, an update in place what it puts in.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from .primitives import BINARY, READING, UNARY
+from .program import Block, Loop, Node, Op, Value
+from .traffic import rows_of
+
+VIEWS = frozenset({
+    "axis_index", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "expand_dims", "iota", "name",
+    "optimization_barrier", "pcast", "pvary", "random_unwrap", "random_wrap", "reduce_precision", "reshape",
+    "sharding_constraint", "squeeze", "stop_gradient", "transpose",
+})  # fmt: skip
+_CUTS = frozenset({"slice", "dynamic_slice", "gather"})
+_PUTS = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2, "scatter_add": 2}
+"""Where the operand stands that is put in."""
+_ENDS = -1
+"""Reads what leaves the block."""
+
+
+@dataclass
+class _Passes:
+    """The passes of a block, as far as it has been read."""
+
+    whole: dict[int, Value | None] = field(default_factory=dict)
+    """What each view is a view of."""
+    parent: dict[int, int] = field(default_factory=dict)
+    """Operations that are joined, by id: each points towards the one that names its pass."""
+    maker: dict[int, int] = field(default_factory=dict)
+    """The operation of a pass that made a value."""
+
+    def source(self, value: Value | None) -> Value | None:
+        return self.whole.get(id(value), value)
+
+    def name(self, op: int) -> int:
+        while self.parent[op] != op:
+            self.parent[op] = self.parent[self.parent[op]]
+            op = self.parent[op]
+        return op
+
+    def join(self, op: Op) -> None:
+        """Add an elementwise operation or a reduction."""
+        self.parent[id(op)] = id(op)
+        for v in op.ins:
+            maker = self.maker.get(id(self.source(v)))
+            if maker is not None:
+                self.parent[self.name(id(op))] = self.name(maker)
+        if op.name not in READING:
+            self.maker.update((id(v), id(op)) for v in op.outs)
+
+
+def touched_bytes(block: Block) -> dict[int, int]:
+    """For each operation of a block, by its id, the bytes that one run moves; nothing of its loops' bodies."""
+    passes = _Passes()
+    for op in (node for node in block.nodes if isinstance(node, Op)):
+        if op.name in VIEWS:
+            source = passes.source(op.ins[0]) if op.ins else None
+            passes.whole.update((id(v), source) for v in op.outs)
+        elif op.name in UNARY or op.name in BINARY or op.name in READING:
+            passes.join(op)
+    readers = _readers(block, passes)
+    read: dict[int, set[int]] = defaultdict(set)
+    return {
+        id(op): _touched(op, passes, readers, read) for op in block.nodes if isinstance(op, Op) and op.name not in VIEWS
+    }
+
+
+def _readers(block: Block, passes: _Passes) -> dict[int, set[int]]:
+    """For each value, by its id, the passes and operations that read it."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for node in block.nodes:
+        if isinstance(node, Op) and node.name in VIEWS:
+            continue
+        reader = passes.name(id(node)) if id(node) in passes.parent else id(node)
+        for v in reads_of(node):
+            found[id(passes.source(v))].add(reader)
+    for v in block.outs:
+        found[id(passes.source(v))].add(_ENDS)
+    return found
+
+
+def reads_of(node: Node) -> tuple[Value | None, ...]:
+    """What an operation, a loop or a choice reads."""
+    return (*node.consts, *node.carry, *node.scanned) if isinstance(node, Loop) else node.ins
+
+
+def _touched(op: Op, passes: _Passes, readers: dict[int, set[int]], read: dict[int, set[int]]) -> int:
+    if next(rows_of(op), None) is not None:
+        return 0
+    if op.name in _CUTS:
+        return 2 * sum(v.num_bytes for v in op.outs)
+    if op.name in _PUTS:
+        put = op.ins[_PUTS[op.name]]
+        return 2 * put.num_bytes if put is not None else 0
+    sources = {id(v): v for v in map(passes.source, op.ins) if v is not None}
+    if id(op) not in passes.parent:
+        return sum(v.num_bytes for v in (*sources.values(), *op.outs))
+    mine = passes.name(id(op))
+    new = [v for i, v in sources.items() if i not in read[mine] and not _made_in(v, mine, passes)]
+    read[mine].update(map(id, new))
+    return sum(v.num_bytes for v in new) + sum(v.num_bytes for v in op.outs if readers[id(v)] - {mine})
+
+
+def _made_in(value: Value, mine: int, passes: _Passes) -> bool:
+    maker = passes.maker.get(id(value))
+    return maker is not None and passes.name(maker) == mine
+
