@@ -277,6 +277,40 @@ def test_what_a_pending_sum_costs(name: str) -> None:
     assert _back(region, X, V, E) == backward
 
 
+SHARED: dict[str, Callable[[Any], Any]] = {
+    "scaled and plain": lambda h: mw.sin(h * 0.5) + mw.cos(h),
+    "negative": lambda h: h / (1.0 + mw.exp(-h)),
+    "scaled twice": lambda h: (mw.softmax(h / 0.7, "embed"), mw.argmax(h * 2.0 * 3.0, "embed")),
+    "in another order": lambda h: (mw.exp(h.reorder("embed", ...)), mw.sin(h)),
+    "sliced after": lambda h: (mw.sin(h), [h[{"embed": i}] for i in range(4)], h.slice("batch", 0, 2)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_is_linear_in_one_sum_shares_it(name: str) -> None:
+    program = SHARED[name]
+    assert communicated(_halves(lambda x, v: program(_dot(x, v))), X, V) == [SUM]
+    agree(lambda x, v: program(_dot(x, v)), X, V, over=LAYOUTS[:4])
+
+
+@pytest.mark.parametrize("gather", ["use", "step"])
+def test_parameters_that_are_joined_stay_at_rest(gather: str) -> None:
+    """As one product for queries, keys and values: gathered as its parts are, and its gradient scattered, not summed
+    whole."""
+    w, u = (Tensor(t.array, t.dims, "parameter") for t in (W, U))
+    joins = {
+        "concat": lambda e, w, u: mw.sin(mw.dot(e, mw.concat([w, u], "ff"), "embed")),
+        "stack": lambda e, w, u: mw.sin(mw.dot(e, mw.stack([w, u], "two"), "embed")),
+    }
+    for join in joins.values():
+        region = Way("x=2", "batch:x", {"params": "embed:x", "gather": gather}).region(join)
+        sent = _back(region, E, w, u, of=(1, 2))
+        assert {kind for kind, _ in sent} == {"reduce_scatter"}, sent
+        assert sum(size for _, size in sent) == 2 * 16 * 8
+    for layout, params in (("batch:x", "embed:x"), ("batch:y, ff:x", "embed:y"), ("batch:x, two:y", "ff:x")):
+        agree(joins, E, w, u, over=[Way("x=2,y=2", layout, {"params": params, "gather": gather})])
+
+
 def test_sums_over_two_axes_are_scattered_over_those_that_split_the_result() -> None:
     region = Way("x=2,y=2", "ff:(x,y), part:x").region(lambda x, v: _dot(x, v).rename(embed="part"))
     assert communicated(region, X, V) == [("reduce_scatter", 64), ("all_reduce", 32)]
