@@ -29,7 +29,8 @@ def communicated(fn: Callable[..., Any], *inputs: Any) -> list[tuple[str, int]]:
     A loop's body and a function called from several places stand once.
     """
     found = []
-    for op in _every(jax.jit(fn).lower(*inputs).compiler_ir("stablehlo").operation):
+    module: Any = jax.jit(fn).lower(*inputs).compiler_ir("stablehlo")
+    for op in _every(module.operation):
         if op.name in KINDS:
             kind = op.name.removeprefix("stablehlo.")
             found += [(kind, math.prod(x.type.shape)) for x in op.operands]
@@ -90,8 +91,8 @@ def _turns(loop: Any) -> int:
         return 1
     constant, compare, _ = asked
     counter = compare.operands[0]
-    first = loop.operands[counter.arg_number].owner if hasattr(counter, "arg_number") else None
-    if not hasattr(first, "name") or first.name != "stablehlo.constant":
+    first: Any = loop.operands[counter.arg_number].owner if hasattr(counter, "arg_number") else None
+    if getattr(first, "name", "") != "stablehlo.constant":
         return 1
     return _integer(constant) - _integer(first)
 

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 import meshwright as mw
 from meshwright import Tensor
 from meshwright.ops.window import window
-from meshwright.region import make_scope
 
 from .laws import ABC, agree, tensor, ways
 from .stablehlo import communicated
@@ -246,7 +245,7 @@ def test_windows_are_any_stretches(mesh: str, axes: str) -> None:
     """Starts drawn at random, alike and unlike, past the ends, and with gaps; each position knows where it is from."""
     size = math.prod(int(part.split("=")[1]) for part in mesh.split(","))
     made = mw.Mesh(mesh, jax.devices()[:size])
-    scope, over, block = make_scope(made, mw.Layout("")), tuple(axes.split()), 4
+    scope, over, block = mw.Layout("").scope(made), tuple(axes.split()), 4
     num = scope.size(over)
     rng = np.random.default_rng(size)
     drawn = [_drawn(rng, num, block) for _ in range(12)]

@@ -114,4 +114,65 @@ def test_apply_refuses_a_dim_worked_on_in_one_tensor_only() -> None:
     with pytest.raises(ValueError, match=rf"(?s){message}.*dims_in: \(b\), \(\).*x.rename\(b='b_in'\)"):
         mw.apply(jnp.multiply, x, y, dims_in=["b", ""], dims_out="b")
     both = mw.apply(jnp.multiply, x, y, dims_in=["b", "b"], dims_out="b")
-    assert (both.array == x.array * y.array).all()
+    assert (both.array == x.array * y.array[None]).all()
+
+
+def test_the_body_of_a_scan_returns_a_pair() -> None:
+    bodies: list[tuple[Any, str]] = [
+        (lambda c, x: (c,), "a tuple of 1"),
+        (lambda c, x: c, "one array"),
+        (lambda c, x: x, "one Tensor"),
+        (lambda c, x: None, "one NoneType"),
+        (lambda c, x: (c, x, c), "a tuple of 3"),
+    ]
+    for body, found in bodies:
+        message = rf"scan: the body returned {found}; it must return \(carry, y\).*mw.fold"
+        with pytest.raises(TypeError, match=message):
+            mw.scan(body, jnp.float32(0), X, over="a")
+
+
+@mw.custom_vjp
+def _sine_of_product(w: Any, x: Any) -> Any:
+    return mw.sin(mw.dot(x, w, over="b"))
+
+
+def _backward(kept: Any, g: Any, role: bool) -> Any:
+    w, x = kept
+    slope = g * mw.cos(mw.dot(x, w, over="b"))
+    to_w = mw.einsum(slope, x, out="c b")
+    return (mw.param(to_w) if role else to_w), mw.dot(slope, w, over="c")
+
+
+@pytest.mark.parametrize("role", [False, True])
+def test_a_custom_gradient_of_a_parameter_at_rest(role: bool) -> None:
+    """The rule's gradient may have any order of dims and either role; the parameter may rest anywhere."""
+    _sine_of_product.defvjp(lambda w, x: (_sine_of_product(w, x), (w, x)), functools.partial(_backward, role=role))
+    w = tensor(B, C, seed=1, role="parameter") * 0.2
+    options: list[dict[str, Any]] = [{"params": "b:x"}, {"params": "b:x", "gather": "step"}, {"params": "x"}]
+    over = [way for each in options for way in ways(("x=4", "a:x"), ("x=2,y=2", "a:x, c:y"), **each)]
+    agree(lambda w, x: _sine_of_product(w, x), w, X_AB, over=over)
+    plain = jax.grad(lambda w: mw.sum(mw.sin(mw.dot(X_AB, w, over="b"))))(w)
+    found = jax.grad(lambda w: mw.sum(_sine_of_product(w, X_AB)))(w)
+    assert jnp.allclose(found.array, plain.array, rtol=1e-5, atol=1e-5)
+
+
+def test_a_backward_rule_is_held_against_its_arguments() -> None:
+    f = mw.custom_vjp(lambda w, x: w * x)
+    w = x = tensor(A)
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        (lambda kept, g: (g,), TypeError, "the backward rule gave 1; it must give a tuple with a gradient for each of"),
+        (lambda kept, g: g, TypeError, "the backward rule gave a Tensor"),
+        (lambda kept, g: (g, {"x": g}), TypeError, "the gradient of argument 1 is a tree of 1 values"),
+        (lambda kept, g: (g, g.rename(a="b")), ValueError, r"argument 1: expected a tensor with the dims \(a=8\)"),
+        (lambda kept, g: (g, g.sum()), ValueError, r"argument 1: .*found a value without dims"),
+    ]
+    for backward, error, message in wrong:
+        f.defvjp(lambda w, x: (w * x, None), backward)
+        with pytest.raises(error, match=f"custom_vjp: .*{message}") as caught:
+            jax.grad(lambda w: mw.sum(f(w, x)))(w)
+        assert len(str(caught.value)) < 400
+    f.defvjp(lambda w, x: (w * x, x), lambda kept, g: (g * kept, None))
+    assert (jax.grad(lambda w: mw.sum(f(w, x)))(w).array == x.array).all()
+
+
+X_AB = tensor(A, B, seed=2)

@@ -456,8 +456,8 @@ def test_outputs_that_the_axes_do_not_divide_are_refused() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_under_xlas_partitioner_on_meshes_with_more_axes(transposed: bool) -> None:
-    """XLA's own are multiplied by the size of the axis that is left over: of the kernel, where a spatial dim is split, or
-    where there are groups and the batch is."""
+    """XLA's own are multiplied by the size of the axis that is left over: of the kernel, where a spatial dim is split,
+    or where there are groups and the batch is."""
     x = tensor(*mw.dims(batch=4, rows=16, channels=8))
     kernel = tensor(*mw.dims(kernel_rows=3, channels=8, features=4), seed=1)
     each = tensor(*mw.dims(kernel_rows=33, channels=8), seed=2)

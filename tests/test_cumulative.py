@@ -132,3 +132,11 @@ def test_nan_has_the_same_gradients_under_every_layout() -> None:
     of_product = numpy(jax.grad(lambda x: mw.sum(mw.cumprod(x, "b")))(x))
     np.testing.assert_array_equal(np.isnan(of_product[0]), np.arange(8) != 3)
     assert np.isfinite(of_product[4]).all()
+
+
+def test_a_split_dim_without_elements() -> None:
+    x = tensor(mw.Dim("none", 0), B)
+    cases = {name: lambda x, name=name: getattr(mw, name)(x, "none") for name in NAMES}
+    cases |= {"rename": lambda x: x.rename(none="whole"), "sort": lambda x: mw.sort(x, "none")}
+    cases |= {"sum": lambda x: mw.sum(x, "none"), "greatest of others": lambda x: mw.max(x, "b")}
+    agree(cases, x, over=ways(("x=4", "none:x"), ("x=2,y=2", "none:x, b:y"), partitioners=["names"]))

@@ -417,3 +417,16 @@ def test_bytes(num: int, text: str) -> None:
 )
 def test_ids(ids: Any, text: str) -> None:
     assert show_ids(ids) == text
+
+
+def test_explain_says_which_rule_at_rest_splits_nothing() -> None:
+    mesh = Mesh("data=2", jax.devices()[:2])
+    w, x = (tensor(*mw.dims(embed=4, ff=2), role=role) for role in ("parameter", "activation"))
+    found = Layout("batch:data", params="embd:data, ff:data").explain({"w": w, "x": x}, mesh)
+    note = "The rule at rest for 'embd' splits nothing: no tensor of the role 'parameter' has it. Did you mean 'embed'?"
+    assert found.notes == (f"{note} Known: embed, ff.",)
+    assert note.split(":")[0] in str(found)
+    assert Layout("batch:data", params="embed:data").explain({"w": w}, mesh).notes == ()
+    assert Layout("", params="embd:data").explain({"x": x}, mesh).notes == ()
+    of_state = Layout("", params="embed:data", optimizer="f:data").explain({"w": w}, mesh, role="optimizer")
+    assert "for 'f' splits nothing: no tensor of the role 'optimizer'" in of_state.notes[0]

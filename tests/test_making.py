@@ -108,7 +108,7 @@ def test_like_a_parameter_lies_at_rest() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"the dim 'a' stands twice"):
         mw.tri(A, A)
-    with pytest.raises(TypeError, match=r"Expected dims, found 8 of type int; write mw.Dim\(name, size\)"):
+    with pytest.raises(TypeError, match=r"expected dims, found 8 of type int; write mw.Dim\(name, size\)"):
         mw.zeros((8, 8))  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"full: value must be a scalar, found a tensor \(a=8\)"):
         mw.full(A, tensor(A))

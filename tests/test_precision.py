@@ -4,6 +4,8 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
+import pytest
 
 import meshwright as mw
 
@@ -12,6 +14,7 @@ from .laws import Way, tensor
 A, B, C = mw.dims(a=8, b=8, c=16)
 X = tensor(A, B)
 W = tensor(B, C, role="parameter", seed=1)
+SMALL = W * 0.1
 
 
 def _loss(w: Any, x: Any) -> Any:
@@ -42,6 +45,22 @@ def test_gradients_are_summed_in_float32_when_asked() -> None:
 def test_gathered_once_a_step_sums_in_float32_too() -> None:
     found = _moved(Way("x=4", "a:x", {"params": "c:x", "sums": "float32", "gather": "step"}))
     assert found["reduce_scatter"] == {"f32"}
+
+
+@pytest.mark.parametrize("options", [{}, {"gather": "step"}], ids=str)
+def test_forward_mode_goes_through_a_gather_summed_in_float32(options: dict[str, str]) -> None:
+    """Against the same in one device's bfloat16, to its rounding; and the Hessian along a vector by both modes."""
+    region = Way("x=4", "a:x", {"params": "c:x", "sums": "float32", **options}).region(_loss)
+    for f in (lambda f: jax.jvp(lambda w: f(w, X), (SMALL,), (SMALL,))[1], _slope_of_the_slope, _twice_forwards):
+        np.testing.assert_allclose(float(jax.jit(lambda f=f: f(region))()), float(f(_loss)), rtol=0.05)
+
+
+def _slope_of_the_slope(f: Any) -> Any:
+    return jax.jvp(lambda w: mw.sum(jax.grad(lambda w: f(w, X))(w)), (SMALL,), (SMALL,))[1]
+
+
+def _twice_forwards(f: Any) -> Any:
+    return jax.jvp(lambda w: jax.jvp(lambda w: f(w, X), (w,), (SMALL,))[1], (SMALL,), (SMALL,))[1]
 
 
 def test_a_contraction_is_summed_in_the_dtype_asked_for() -> None:

@@ -16,7 +16,7 @@ import meshwright as mw
 from meshwright import Tensor
 
 from .laws import ABC, Way, agree, tensor, ways
-from .stablehlo import counted
+from .stablehlo import communicated, counted
 
 A, B, C = mw.dims(a=8, b=8, c=16)
 SUBSETS = [" ".join(which) for k in (1, 2, 3) for which in itertools.combinations("abc", k)]
@@ -375,8 +375,8 @@ def test_other_mistakes_are_refused() -> None:
 
 
 NAN_ROWS = np.array(
-    [[np.nan, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1, -np.nan], [np.nan] * 8, [-np.inf, 0, -0.5, np.inf, 1, 2, 3, 4],
-     [-1e30, -1, -2, -3, -0.25, -5, -6, -1e-30], [-np.inf] * 8],
+    [[np.nan, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1, -np.nan], [np.nan] * 8, [-np.inf] * 8,
+     [-np.inf, 0, -0.5, np.inf, 1, 2, 3, 4], [-6e4, -1, -2, -3, -0.25, -5, -6, -1e-4]],
     np.float32,
 )  # fmt: skip
 
@@ -407,8 +407,7 @@ def test_extremes_next_to_nan_have_the_same_gradients() -> None:
 
 def test_a_maximum_is_one_collective_of_its_own_size() -> None:
     x, way = tensor(A, B, C), Way("x=2,y=2", "a:x, b:y")
-    text = jax.jit(way.region(lambda x: mw.max(x, "a"))).lower(x).as_text()
-    assert communicated(text) == {"all_reduce": ["4x16xi32"]}
+    assert communicated(way.region(lambda x: mw.max(x, "a")), x) == [("all_reduce", 4 * 16)]
 
 
 def test_a_sum_of_booleans_as_booleans_is_whether_any_is_true() -> None:

@@ -59,7 +59,7 @@ def test_from_what_jax_takes_for_an_array() -> None:
         (jnp.ones((2, 4)), ("a", B), ValueError, "has shape (2, 4), the dims (a=2, b=3) have sizes (2, 3)"),
         (jnp.ones(2), "batch-size", ValueError, "'batch-size' is not a name; use a Python identifier"),
         (jnp.ones(2), 3, TypeError, "expected dims or their names, found int"),
-        (jnp.ones(2), (3,), TypeError, "Expected dims, found 3 of type int; write mw.Dim(name, size)"),
+        (jnp.ones(2), (3,), TypeError, "A tensor: expected dims, found 3 of type int; write mw.Dim(name, size)"),
         ("text", "a", TypeError, "Tensor: expected an array, found str"),
         (None, "a", TypeError, "Tensor: expected an array, found NoneType"),
         ([[1, 2], [3]], "a b", TypeError, "Tensor: expected an array, found list"),
@@ -308,8 +308,12 @@ def test_a_slice_outside_its_region() -> None:
     other = Way("x=2,y=2", "a:y")
     message = _message(lambda: other.region(lambda x: x + kept[0])(X))
     assert (
-        "add: the tensor (a=2, b=3) belongs to a region with the layout 'a:x', used in one with the layout 'a:y'"
-        in message
+        "add: the tensor (a=2, b=3) belongs to a region with the layout 'a:x' on the mesh (x=2, y=2), used in one with "
+        "the layout 'a:y' on the mesh (x=2, y=2)." in message
+    )
+    message = _message(lambda: Way("x=2", "a:x").region(lambda x: x + kept[0])(X))
+    assert (
+        "with the layout 'a:x' on the mesh (x=2, y=2), used in one with the layout 'a:x' on the mesh (x=2)" in message
     )
     assert "Return it from the first region and pass it to the second as an argument." in message
     assert "argument [0] is a slice from inside a region, not a whole tensor" in _message(
@@ -338,3 +342,76 @@ def test_a_whole_array_made_a_tensor_in_a_region_is_sliced() -> None:
     np.testing.assert_array_equal(NAMES.region(program)(X).array, jnp.arange(6.0).reshape(2, 3))
     message = _message(lambda: NAMES.region(lambda x: Tensor(x.array, x.dims))(X))
     assert "has shape (1, 3), the dims (a=2, b=3)" in message and "mw.apply works on slices" in message
+
+
+# Positions and numbers where names belong
+
+
+BY_NUMBER: dict[str, Callable[[], Any]] = {
+    "sum: expected names of dims, found 0 of type int": lambda: X.sum(0),  # type: ignore[arg-type]
+    "max: expected names of dims, found 1 of type int": lambda: mw.max(X, ["a", 1]),  # type: ignore[list-item]
+    "softmax: expected names of dims, found -1 of type int": lambda: mw.softmax(X, -1),  # type: ignore[arg-type]
+    "argmax: expected names of dims, found -1 of type int": lambda: mw.argmax(X, -1),  # type: ignore[arg-type]
+    "dot: over: expected names of dims, found None": lambda: mw.dot(X, X, over=None),  # type: ignore[arg-type]
+    "einsum: out: expected names of dims, found None": lambda: mw.einsum(X, out=None),  # type: ignore[arg-type]
+    "flip: expected names of dims, found 0 of type int": lambda: mw.flip(X, 0),  # type: ignore[arg-type]
+    "merge: expected names of dims, found a Array": lambda: X.merge(jnp.arange(2), "c"),  # type: ignore[arg-type]
+    "conv: inputs: expected names of dims, found 1": lambda: mw.conv(X, X, "a", inputs=1),  # type: ignore[arg-type]
+    "apply: dims_in: expected names of dims, found 0": lambda: mw.apply(jnp.sin, X, dims_in=0, dims_out="a"),  # type: ignore[arg-type]
+    "ones: expected dims, found 8 of type int": lambda: mw.ones(8),  # type: ignore[arg-type]
+    "zeros: expected dims, found 'a' of type str": lambda: mw.zeros("a"),  # type: ignore[arg-type]
+    "full: expected dims, found 3 of type int": lambda: mw.full((A, 3), 1.0),  # type: ignore[arg-type]
+    "top_k: expected dims, found 3 of type int": lambda: mw.top_k(X, "b", 3),  # type: ignore[arg-type]
+    "one_hot: expected dims, found 3 of type int": lambda: mw.one_hot(I, 3),  # type: ignore[arg-type]
+    "arange: expected one dim, found 2: (a=2, b=3)": lambda: mw.arange((A, B)),  # type: ignore[arg-type]
+    "stack: expected dims, found 0 of type int": lambda: mw.stack([X, X], 0),  # type: ignore[arg-type]
+    "broadcast: expected dims, found 3 of type int": lambda: X.broadcast(3),  # type: ignore[arg-type]
+    "normal: expected dims, found 8 of type int": lambda: mw.random.normal(jax.random.key(0), 8),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("words", BY_NUMBER)
+def test_numbers_where_names_belong(words: str) -> None:
+    message = _message(BY_NUMBER[words], TypeError)
+    assert words in message
+    if "expected names" in words:
+        assert "Dims have names, not numbers: write 'embed', or 'batch embed' for several." in message
+    elif "one dim" not in words:
+        assert "write mw.Dim(name, size)." in message
+
+
+# What a region takes and gives
+
+
+def test_the_arguments_of_spmd_have_an_order() -> None:
+    mesh, layout = mw.Mesh("x=2", jax.devices()[:2]), mw.Layout("a:x")
+    expected = "spmd: expected a function, a mesh and a layout, found "
+    spmd: Callable[..., Any] = mw.spmd
+    for given, found, swapped in (
+        ((layout, mesh, "a:x"), "Layout, Mesh, str", False),
+        ((X, mesh, layout), "Tensor, Mesh, Layout", False),
+        ((mw.sum, layout, mesh), "function, Layout, Mesh", True),
+        ((mesh, layout, mw.sum), "Mesh, Layout, function", True),
+    ):
+        message = _message(lambda: spmd(*given), TypeError)  # noqa: B023
+        hint = " The arguments are swapped." if swapped else ""
+        assert f"{expected}{found}.{hint} Write mw.spmd(fn, mesh, layout)." in message
+
+
+@pytest.mark.parametrize("way", [NAMES, XLA], ids=str)
+def test_what_a_region_takes_and_gives(way: Way) -> None:
+    message = _message(lambda: way.region(lambda x, s: x * len(s))(X, {1, 2}), TypeError)
+    assert "spmd: argument [1] is a set: it is no tensor, array or number to be traced, and cannot be static" in message
+    message = _message(lambda: way.region(lambda x: {"x": x, "name": "b"})(X), TypeError)
+    assert "spmd: an output is a str. A region returns tensors, arrays and numbers" in message
+    doubled = way.region(lambda x, how, times: (x if how == "plain" else -x) * times)(X, "plain", 2.0)
+    np.testing.assert_array_equal(doubled.array, 2 * X.array)
+    traced = [0]
+
+    def count(x: Tensor, times: Any) -> Tensor:
+        traced[0] += 1
+        return x * times
+
+    region = way.region(count)
+    assert float(region(X, 3.0).array[0, 0]) == 3 and float(region(X, 4.0).array[0, 0]) == 4
+    assert traced == [1], "a number is traced, not part of the program"

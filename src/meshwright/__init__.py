@@ -225,6 +225,7 @@ from .ops.transform import vmap as vmap
 from .placing import shard as shard
 from .placing import unshard as unshard
 from .plan import Plan as Plan
+from .plan import calibrate as calibrate
 from .plan import plan as plan
 from .region import spmd as spmd
 from .tensor import Tensor as Tensor

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import linear_call
 from jax.sharding import NamedSharding, PartitionSpec
 
 Array = jax.Array
@@ -87,32 +88,44 @@ def all_min(x: Array, axes: Axes) -> Array:
 def gather(x: Array, axes: Axes, dim: int, sums: str | None = None) -> Array:
     """Join the devices' slices along position ``dim``; the backward pass reduce-scatters, in ``sums`` if given."""
     x = vary(x, frozenset(axes))
+    if not x.size:
+        return _joined_nothing(x, axes, dim, varies_over(x))
     if sums is None or x.dtype == sums or not jnp.issubdtype(x.dtype, jnp.floating):
         return lax.all_gather(x, axes, axis=dim, tiled=True)
     return _gather_wide(x, axes, dim, sums)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _gather_wide(x: Array, axes: Axes, dim: int, sums: str) -> Array:
     """A gather whose gradient is summed in a wider dtype than it moved in: no transpose of JAX's says that."""
     return lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
-def _gather_wide_forward(x: Array, axes: Axes, dim: int, sums: str) -> tuple[Array, None]:
-    return _gather_wide(x, axes, dim, sums), None
+@_gather_wide.defjvp
+def _gather_wide_jvp(
+    axes: Axes, dim: int, sums: str, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    def tangent(_: tuple[()], t: Array) -> Array:
+        return _gather_wide(t, axes, dim, sums)
 
+    def transposed(_: tuple[()], g: Array) -> Array:
+        return sum_scatter(g, axes, dim, sums)
 
-def _gather_wide_backward(axes: Axes, dim: int, sums: str, _: None, g: Array) -> tuple[Array]:
-    return (sum_scatter(g, axes, dim, sums),)
-
-
-_gather_wide.defvjp(_gather_wide_forward, _gather_wide_backward)
+    return _gather_wide(*primals, axes, dim, sums), linear_call(tangent, transposed, (), *tangents)
 
 
 def gather_equal(x: Array, axes: Axes, dim: int) -> Array:
     """Join the devices' slices along position ``dim`` into a value that counts as equal everywhere."""
     x = vary(x, frozenset(axes))
+    if not x.size:
+        return _joined_nothing(x, axes, dim, varies_over(x) - frozenset(axes))
     return lax.all_gather(x, axes, axis=dim, tiled=True, to="invarying")
+
+
+def _joined_nothing(x: Array, axes: Axes, dim: int, varying: frozenset[str]) -> Array:
+    """What slices without elements are joined to: XLA takes no all-gather of them."""
+    shape = [n * lax.axis_size(axes) if i == dim else n for i, n in enumerate(x.shape)]
+    return vary(jnp.zeros(shape, x.dtype), varying)
 
 
 def own_slice(x: Array, axes: Axes, dim: int, num: int) -> Array:

@@ -13,6 +13,7 @@ sees how its data is split.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import fail, fail_type, nearest
 
@@ -73,28 +74,58 @@ def num_elements(these: Iterable[Dim]) -> int:
     return math.prod(d.size for d in these)
 
 
-def as_names(names: Names | Dim | Iterable[Dim]) -> tuple[str, ...]:
-    """Names from a string (several are separated by spaces), a Dim, or an iterable of either."""
+def as_names(names: Names | Dim | Iterable[Dim], asked: str = "A tensor") -> tuple[str, ...]:
+    """Names from a string (several are separated by spaces), a Dim, or an iterable of either.
+
+    Raises:
+        TypeError: something in it is neither.
+    """
     if isinstance(names, str):
         return tuple(names.replace(",", " ").split())
-    if isinstance(names, Dim):
-        return (names.name,)
-    return tuple(n.name if isinstance(n, Dim) else n for n in names)
+    listed = _listed(names)
+    for n in listed:
+        if not isinstance(n, str | Dim):
+            raise fail_type(
+                f"{asked}: expected names of dims, found {_found(n)}. Dims have names, not numbers: write 'embed', or "
+                "'batch embed' for several."
+            )
+    return tuple(n.name if isinstance(n, Dim) else n for n in listed)
 
 
-def as_dims(these: Dim | Iterable[Dim]) -> Dims:
+def as_dims(these: Dim | Iterable[Dim], asked: str = "A tensor") -> Dims:
     """A tuple of dims with unique names.
 
     Raises:
         TypeError: something in it is not a Dim.
         ValueError: a name stands twice.
     """
-    these = (these,) if isinstance(these, Dim) else tuple(these)
-    for d in these:
+    listed = _listed(these)
+    for d in listed:
         if not isinstance(d, Dim):
-            raise fail_type(f"Expected dims, found {d!r} of type {type(d).__name__}; write mw.Dim(name, size).")
-    check_unique(these)
-    return these
+            raise fail_type(f"{asked}: expected dims, found {_found(d)}; write mw.Dim(name, size).")
+    check_unique(listed)
+    return listed
+
+
+def as_dim(d: Dim, asked: str) -> Dim:
+    """One dim, or an error that says how to make it."""
+    these = as_dims(d, asked)
+    if len(these) != 1:
+        raise fail_type(f"{asked}: expected one dim, found {len(these)}: ({show(these)}).")
+    return these[0]
+
+
+def _listed(given: Any) -> tuple[Any, ...]:
+    """What was given, one thing or several, as a tuple."""
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+
+
+def _found(x: object) -> str:
+    """What was found, for an error: never the contents of an array."""
+    kind = type(x).__name__
+    if x is None:
+        return "None"
+    return f"{x!r} of type {kind}" if isinstance(x, str | int | float) else f"a {kind}"
 
 
 def check_unique(these: Dims, asked: str = "A tensor") -> None:

@@ -13,7 +13,7 @@ devices hold the same slice. Below the table, a picture for each way in which th
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from rich.text import Text
 
 from .devices import counted
 from .dims import Dim, Dims
+from .errors import nearest
 from .mesh import Mesh
 from .notation import check_known
 from .scope import Axes, Split
@@ -75,6 +76,8 @@ class Explanation:
     tensors: tuple[Held, ...]
     mesh: Mesh
     layout: str
+    notes: tuple[str, ...] = ()
+    """What to know besides: rules that split nothing here."""
 
     @property
     def whole_bytes(self) -> int:
@@ -106,6 +109,7 @@ class Explanation:
         notes = "dim=size/axis: split over the axis; /axis*: at rest only. Copies: devices with the same slice."
         parts: list[RenderableType] = [Text(self.layout, "bold"), Text(f"{self.mesh}\n")]
         parts += [self._table(), Text(notes, "dim")]
+        parts += [Text(note, "yellow") for note in self.notes]
         patterns = self._patterns()
         for group in patterns[:NUM_PICTURES]:
             parts += [Text(""), *self._picture(group)]
@@ -147,11 +151,24 @@ class Explanation:
         yield self.tiles(first.path)
 
 
-def explain(tree: Any, mesh: Mesh, place: Place, layout: str, role: Role | None) -> Explanation:
-    """The explanation of a tree: see ``Layout.explain``."""
+def explain(
+    tree: Any, mesh: Mesh, place: Place, layout: str, role: Role | None, at_rest: Mapping[Role, Sequence[str]]
+) -> Explanation:
+    """The explanation of a tree: see ``Layout.explain``. ``at_rest``: for a role the dims that it has rules for."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Tensor))
     found = (_held(path_text(path), x, mesh, place, role) for path, x in leaves)
-    return Explanation(tuple(held for held in found if held is not None), mesh, layout)
+    tensors = tuple(held for held in found if held is not None)
+    return Explanation(tensors, mesh, layout, tuple(_unmet(tensors, at_rest)))
+
+
+def _unmet(tensors: Sequence[Held], at_rest: Mapping[Role, Sequence[str]]) -> Iterator[str]:
+    """A note for each rule at rest that no tensor of its role has the dim of."""
+    for role in dict.fromkeys(held.role for held in tensors):
+        met = sorted({d.name for held in tensors if held.role == role for d in held.dims})
+        for name in at_rest.get(role, ()):
+            if name not in met:
+                why = f"no tensor of the role {role!r} has it.{nearest(name, met)}"
+                yield f"The rule at rest for {name!r} splits nothing: {why}"
 
 
 def path_text(path: Any) -> str:

@@ -247,7 +247,8 @@ class Layout:
 
     def explain(self, tree: Any, mesh: Mesh | str, role: Role | None = None) -> Explanation:
         """What this layout does to a tree on ``mesh``: for each tensor its dims with their axes, the bytes of the whole
-        and those on each device, the number of copies, and pictures of the tiles. Prints itself.
+        and those on each device, the number of copies, pictures of the tiles, and which rules at rest split nothing.
+        Prints itself.
 
         Args:
             tree: a pytree of tensors and arrays, or of their shapes (``jax.eval_shape``).
@@ -263,7 +264,9 @@ class Layout:
         def place(these: Dims, own: Role, asked: str) -> tuple[Split, Split]:
             return scope.split(these, asked), self.at_rest(scope, these, role or own, asked)
 
-        return explain(tree, mesh, place, repr(self), role)
+        rules = {PARAMETER: self.params, OPTIMIZER: self.optimizer}
+        named = {which: [name for name, _ in rest.pairs] for which, rest in rules.items()}
+        return explain(tree, mesh, place, repr(self), role, named)
 
     def __repr__(self) -> str:
         options = self._options()

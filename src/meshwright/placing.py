@@ -11,7 +11,6 @@ Optax maps over parameters and state together, so the tensors of its state carry
 made from. They keep it; ``role="optimizer"`` says by whose rules they are placed.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -57,7 +56,8 @@ def shard(tree: Any, mesh: Mesh | str, layout: Layout | str, role: Role | None =
     mesh = mesh if isinstance(mesh, Mesh) else Mesh(mesh)
     layout = layout if isinstance(layout, Layout) else Layout(layout)
     paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_tensor)
-    splits = [_split_of(x, mesh, layout, role, path_text(path)) for path, x in paths]
+    scope = layout.scope(mesh)
+    splits = [_split_of(x, scope, layout, role, path_text(path)) for path, x in paths]
     leaves = [_leaf_placed(x, mesh, split) for (_, x), split in zip(paths, splits, strict=True)]
     return jax.tree.unflatten(structure, leaves)
 
@@ -90,14 +90,8 @@ def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
 
 
-@functools.lru_cache(maxsize=256)
-def _scope(mesh: Mesh, layout: Layout) -> Scope:
-    return layout.scope(mesh)
-
-
-def _split_of(x: Any, mesh: Mesh, layout: Layout, role: Role | None, path: str) -> Split:
+def _split_of(x: Any, scope: Scope, layout: Layout, role: Role | None, path: str) -> Split:
     """The axes of each dim where the leaf is to lie; empty for what has no names."""
-    scope = _scope(mesh, layout)
     if not isinstance(x, Tensor):
         return ()
     asked = f"shard: {path or 'the tensor'}"

@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from . import collectives
 from .dims import Dims
-from .errors import at_user_line, fail, nearest
+from .errors import at_user_line, fail, fail_type, nearest
 from .held import gathered
 from .layout import Layout
 from .mesh import Mesh
@@ -42,7 +42,9 @@ def spmd(
 
     Args:
         fn: a function of pytrees of tensors, arrays and static values to a pytree of tensors and scalars. Arrays that
-            are not tensors have no names: every device gets the whole of them.
+            are not tensors have no names: every device gets the whole of them. Python numbers and booleans are traced
+            as under ``jax.jit``; strings, functions and other hashable values are static. To keep a number static,
+            bind it: ``mw.spmd(functools.partial(fn, train=True), mesh, layout)``.
         mesh: the mesh, or its text ("data=4, model=2").
         layout: the layout, or its rules.
         partitioner: "names": this package makes the collectives; "xla": XLA's partitioner does, from constraints.
@@ -52,14 +54,17 @@ def spmd(
         ``jax.checkpoint`` and ``jax.lax.scan``; called by itself it is compiled.
 
     Raises:
-        ValueError: the layout names an axis that the mesh lacks; when called, a dim cannot be split as asked, or an
-            output differs between devices.
+        ValueError: the layout names an axis that the mesh lacks; when called, a dim cannot be split as asked, an output
+            differs between devices.
+        TypeError: ``fn`` is not a function; when called, an argument can be neither traced nor static, or an output is
+            no tensor, array or number.
     """
+    _check_order(fn, mesh, layout)
     mesh = mesh if isinstance(mesh, Mesh) else Mesh(mesh)
     layout = layout if isinstance(layout, Layout) else Layout(layout)
     if partitioner not in PARTITIONERS:
         raise fail(f"spmd: there is no partitioner {partitioner!r}.{nearest(str(partitioner), PARTITIONERS)}")
-    region = Region(fn, layout, make_scope(mesh, layout, partitioner))
+    region = Region(fn, layout, layout.scope(mesh, partitioner))
     compiled = jax.jit(region.run, static_argnums=(0,), inline=True)
 
     @functools.wraps(fn)
@@ -69,9 +74,16 @@ def spmd(
     return call
 
 
-def make_scope(mesh: Mesh, layout: Layout, partitioner: str = "names") -> Scope:
-    """The scope of regions with this mesh and layout, which is checked against the mesh."""
-    return layout.scope(mesh, partitioner)
+def _check_order(fn: Any, mesh: Any, layout: Any) -> None:
+    """Raise unless a function comes first, then what may be a mesh and a layout."""
+    swapped = isinstance(mesh, Layout) or isinstance(layout, Mesh) or callable(mesh) or callable(layout)
+    if callable(fn) and not swapped:
+        return
+    found = ", ".join(type(x).__name__ for x in (fn, mesh, layout))
+    hint = " The arguments are swapped." if swapped else ""
+    raise fail_type(
+        f"spmd: expected a function, a mesh and a layout, found {found}.{hint} Write mw.spmd(fn, mesh, layout)."
+    )
 
 
 @dataclass(frozen=True)
@@ -129,8 +141,15 @@ class Region:
             check_names(x, asked)
             self.scope.split(x.dims, asked)
             return Inlet(x.dims, x.role, self.layout.at_rest(self.scope, x.dims, x.role), None)
-        if isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+        if isinstance(x, _ARRAYS):
             return Inlet(None, "", (), None)
+        try:
+            hash(x)
+        except TypeError:
+            raise fail_type(
+                f"{asked} is a {type(x).__name__}: it is no tensor, array or number to be traced, and cannot be "
+                "static, because it is not hashable. Give a tuple or a frozenset, or bind it with functools.partial."
+            ) from None
         return Inlet(None, "", (), x)
 
     def run(self, inlets: Inlets, *arrays: Any) -> Any:
@@ -180,6 +199,7 @@ class Region:
     def _leave(self, x: Any) -> tuple[Any, PartitionSpec]:
         """An output's slice and its spec. A parameter leaves as it lies at rest."""
         if not isinstance(x, Tensor):
+            _check_output(x)
             self._check_equal(x)
             return x, PartitionSpec()
         check_home(x, "spmd: an output")
@@ -212,6 +232,7 @@ class Region:
 
     def _leave_constrained(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
+            _check_output(x)
             return x
         rest = self.layout.at_rest(self.scope, x.dims, x.role)
         with entered(None):
@@ -239,6 +260,17 @@ class Region:
             raise fail(message)
         self.warned = True
         warnings.warn(message + at_user_line(), UserWarning, stacklevel=2)
+
+
+_ARRAYS = jax.Array | np.ndarray | np.generic | bool | int | float | complex
+
+
+def _check_output(x: Any) -> None:
+    if not isinstance(x, _ARRAYS):
+        raise fail_type(
+            f"spmd: an output is a {type(x).__name__}. A region returns tensors, arrays and numbers; what is known "
+            "before it runs need not go through it."
+        )
 
 
 def _is_tensor(x: Any) -> bool:

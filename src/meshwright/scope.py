@@ -10,7 +10,6 @@ called from two regions is traced for each.
 
 import functools
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +61,12 @@ class Scope:
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Scope) and self._hash == other._hash and self._key == other._key)
+
+    @property
+    def where(self) -> str:
+        """The layout and the mesh, for errors."""
+        sizes = ", ".join(f"{axis}={size}" for axis, size in self.sizes)
+        return f"{self.text!r} on the mesh ({sizes})"
 
     @property
     def manual(self) -> bool:
@@ -180,11 +185,6 @@ def current_manual() -> Scope | None:
 def entered(scope: Scope | None) -> AbstractContextManager[None]:
     """A context in which ``current()`` is ``scope``."""
     return _ambient(scope)  # type: ignore[no-any-return]
-
-
-def varying_axes(splits: Sequence[Split]) -> frozenset[str]:
-    """The axes that any dim of any of these tensors is split over."""
-    return frozenset(axis for split in splits for axes in split for axis in axes)
 
 
 def describe(these: Dims, split: Split) -> str:

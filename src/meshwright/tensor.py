@@ -577,7 +577,7 @@ def check_home(x: Tensor, asked: str) -> None:
             "  Pass it to the function given to mw.spmd as an argument: inside, each device then sees its slice."
         )
     raise fail(
-        f"{what} belongs to a region with the layout {_text(x.scope)!r}, used in one with the layout {here.text!r}.\n"
+        f"{what} belongs to a region with the layout {x.scope.where}, used in one with the layout {here.where}.\n"
         "  Return it from the first region and pass it to the second as an argument."
     )
 

@@ -257,7 +257,7 @@ def roll(x: Any, **by: int) -> Any:
 def flip(x: Any, names: Names) -> Any:
     """The dims ``names`` reversed."""
     check_operand(x, "flip", scalars=False)
-    for name in as_names(names):
+    for name in as_names(names, "flip"):
         size = find(x.dims, name, "flip").size
         x = read(x, name, size - 1, size, "flip", step=-1) if size > 1 else x
     return x

@@ -49,7 +49,7 @@ def einsum(*tensors: Tensor, out: Names, preferred_element_type: Any = None, pre
     for x in tensors:
         check_operand(x, asked, scalars=False)
     every = union([x.dims for x in tensors], asked)
-    names = as_names(out)
+    names = as_names(out, f"{asked}: out")
     _check_names(tensors, every, names)
     kept = tuple(find(every, name, asked) for name in names)
     check_unique(kept, "einsum: out")
@@ -84,7 +84,7 @@ def dot(x: Tensor, w: Tensor, over: Names, *, preferred_element_type: Any = None
     """
     for operand in (x, w):
         check_operand(operand, "dot", scalars=False)
-    summed = as_names(over)
+    summed = as_names(over, "dot: over")
     for name in summed:
         for operand in (x, w):
             find(operand.dims, name, "dot")

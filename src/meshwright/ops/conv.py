@@ -166,8 +166,8 @@ class _Roles:
 def _roles(x: Any, kernel: Any, over: Over, inputs: Names, asked: str) -> _Roles:
     for operand in (x, kernel):
         check_operand(operand, asked, scalars=False)
-    pairs = dict(over) if isinstance(over, Mapping) else {n: f"kernel_{n}" for n in as_names(over)}
-    summed = as_names(inputs)
+    pairs = dict(over) if isinstance(over, Mapping) else {n: f"kernel_{n}" for n in as_names(over, f"{asked}: over")}
+    summed = as_names(inputs, f"{asked}: inputs")
     operands = f"\n  x: ({show(x.dims)})\n  kernel: ({show(kernel.dims)})"
     _check_pairs(x, kernel, pairs, summed, asked, operands)
     for name in summed:

@@ -14,7 +14,8 @@ The gradient of cumsum is JAX's. Those of the others are stated here: JAX's depe
 comparisons, and are NaN behind a leading -inf. The rule: position i has the gradient of the whole reduction of its
 stretch. So ``cummax`` shares it equally between the ties met so far, as ``max`` does, and ``cumlogsumexp`` hands it out
 as a softmax. They are scans too, of each value together with its tangent. A NaN so far is the greatest and the least,
-and shares their gradient with no other value; in ``cumprod`` and ``cumlogsumexp`` it makes gradients NaN. (An infinity may too, not always under every layout.)
+and shares their gradient with no other value; in ``cumprod`` and ``cumlogsumexp`` it makes gradients NaN. An infinity
+may too: which ones can depend on the layout.
 """
 
 import functools
@@ -83,7 +84,7 @@ def _cumulative(asked: str, x: Any, name: str, local: Callable[..., Any], revers
 def _joined(scan: Callable[..., Any], join: Join, start: Any, array: Any, at: int, axes: Axes, reverse: bool) -> Any:
     """A scan of a device's slice, joined to what the devices before it had. ``start`` changes nothing it joins."""
     local = scan(array, axis=at, reverse=reverse)
-    if not axes:
+    if not axes or not local.shape[at]:
         return local
     totals = _totals(local, at, axes, reverse)
     return join(_before(scan(totals, axis=at, reverse=reverse), start, at, axes, reverse), local)
@@ -134,12 +135,13 @@ def _with_tangents_jvp(
 ) -> tuple[Any, Any]:
     carried = kind.carry(*primals, *tangents)
     local = _tree(kind.join_carried, carried, at, reverse)
-    if axes:
+    if axes and local[0].shape[at]:
         starts = (kind.start(carried[0].dtype), *(0 for _ in carried[1:]))
         totals = tuple(_totals(x, at, axes, reverse) for x in local)
         before = tuple(_others_nothing(x, start, at, axes, reverse) for x, start in zip(totals, starts, strict=True))
         local = kind.join_carried(_whole(kind.join_carried, before, at), local)
-    return local[0], kind.tangent(local)
+    own = collectives.varies_over(primals[0])  # JAX forgets it of arrays without elements
+    return collectives.vary(local[0], own), collectives.vary(kind.tangent(local), own)
 
 
 def _others_nothing(totals: Any, start: Any, at: int, axes: Axes, reverse: bool) -> Any:

@@ -2,16 +2,20 @@
 
 JAX calls the rules of ``jax.custom_vjp`` and ``jax.custom_jvp`` when it differentiates, which for a region is after the
 region has been traced: the names would have lost their layout. The two wrappers here are JAX's own with one thing
-added: the scope of the call travels with it as a static argument, and the rules run in it.
+added: the scope of the call travels with it as a static argument, and the rules run in it. What a backward rule gives
+for an argument is brought to the form in which the argument came: a parameter's gradient to the parameter's rest.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from ..errors import fail_type
 from ..scope import current, entered
+from .loop import Held, held_as, is_tensor
 
 
 class custom_vjp:
@@ -24,18 +28,28 @@ class custom_vjp:
 
     def __init__(self, function: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
         functools.update_wrapper(self, function)
+        self._static = frozenset(nondiff_argnums)
         self._inner = jax.custom_vjp(_in_scope(function), tuple(i + 1 for i in nondiff_argnums))
 
     def defvjp(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
-        """State the forward pass (result and what to keep) and the backward pass (one gradient for each argument)."""
+        """State the forward pass (result and what to keep) and the backward pass: one gradient for each argument, a
+        tensor of its dims, of whatever role, or None for zeros.
+
+        Raises:
+            ValueError: when differentiated, a gradient has not the dims of its argument.
+            TypeError: when differentiated, there are not as many gradients as arguments, or one has another tree.
+        """
 
         def scoped_forward(scope: Any, *args: Any) -> Any:
             result, kept = _in_scope(forward)(scope, *args)
-            return result, (scope, kept)
+            forms = tuple(_form(x, i) for i, x in enumerate(args) if i not in self._static)
+            return result, (scope, forms, kept)
 
         def scoped_backward(*given: Any) -> Any:
-            *static, (scope, kept), gradient = given
-            return scope, *_in_scope(backward)(scope, *static, kept, gradient)
+            *static, (scope, forms, kept), gradient = given
+            with entered(scope):
+                found = backward(*static, kept, gradient)
+                return scope, *_as_they_came(found, forms)
 
         self._inner.defvjp(scoped_forward, scoped_backward)
 
@@ -68,6 +82,52 @@ class custom_jvp:
 
     def __call__(self, *args: Any) -> Any:
         return self._inner(current(), *args)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Form:
+    """How an argument came: its tree, and how each tensor or array of it is held."""
+
+    tree: Any
+    held: tuple[Held, ...]
+    where: tuple[str, ...]
+
+
+def _form(x: Any, place: int) -> _Form:
+    paths, tree = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_tensor)
+    where = (f"custom_vjp: the gradient of argument {place}{jax.tree_util.keystr(path)}" for path, _ in paths)
+    return _Form(tree, tuple(held_as(leaf) for _, leaf in paths), tuple(where))
+
+
+def _as_they_came(gradients: Any, forms: Sequence[_Form]) -> list[Any]:
+    """The gradients of a backward rule, each in the form of its argument."""
+    if not isinstance(gradients, tuple | list) or len(gradients) != len(forms):
+        found = f"{len(gradients)}" if isinstance(gradients, tuple | list) else f"a {type(gradients).__name__}"
+        raise fail_type(
+            f"custom_vjp: the backward rule gave {found}; it must give a tuple with a gradient for each of the "
+            f"{len(forms)} arguments, None for zeros."
+        )
+    return [_as_it_came(g, form, i) for i, (g, form) in enumerate(zip(gradients, forms, strict=True))]
+
+
+def _as_it_came(gradient: Any, form: _Form, place: int) -> Any:
+    if gradient is None:
+        return None
+    leaves, tree = jax.tree.flatten(gradient, is_leaf=lambda x: x is None or is_tensor(x))
+    if tree != form.tree:
+        raise fail_type(
+            f"custom_vjp: the gradient of argument {place} is a tree of {tree.num_leaves} values, the argument one of "
+            f"{form.tree.num_leaves}, or of another kind; give the argument's own tree, None where it is zero."
+        )
+    leaves = [_leaf_as_it_came(*each) for each in zip(leaves, form.held, form.where, strict=True)]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _leaf_as_it_came(x: Any, held: Held, where: str) -> Any:
+    if x is None or (held.dims is None and not is_tensor(x)) or (is_tensor(x) and x.dtype == jax.dtypes.float0):
+        return x
+    return held.pack(held.unpack(x, where), where)
 
 
 def _in_scope(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import collectives
-from ..dims import Dim, as_dims, find, index_of, show, union, without
+from ..dims import Dim, as_dim, as_dims, find, index_of, show, union, without
 from ..errors import fail, fail_type
 from ..scope import Axes, current_manual
 from ..tensor import Tensor, make, operator
@@ -103,9 +103,9 @@ def one_hot(ids: Ids, dim: Dim, dtype: Any = jnp.float32) -> Any:
     Each device makes its slice: nothing is communicated.
     """
     check_ids(ids, "one_hot")
-    (dim,) = as_dims(dim)
+    dim = as_dim(dim, "one_hot")
     these = dims_of(ids)
-    out = as_dims((*these, dim))
+    out = as_dims((*these, dim), "one_hot")
 
     def local(held: Any) -> Any:
         here = lax.expand_dims(places(dim, "one_hot"), range(len(these)))

@@ -78,7 +78,7 @@ def stack(tensors: Iterable[Any], dim: Dim | str) -> Any:
     if joined and all(is_scalar(x) for x in joined):
         joined = tuple(jnp.asarray(x) for x in joined)
     _check_like(joined, "stack", "mw.stack([x, y], 'layers')")
-    (new,) = as_dims(Dim(dim, len(joined)) if isinstance(dim, str) else dim)
+    (new,) = as_dims(Dim(dim, len(joined)) if isinstance(dim, str) else dim, "stack")
     if new.size != len(joined):
         raise fail(f"stack: the dim {new!r} for {len(joined)} tensors; give it that size, or only its name.")
     named = [x for x in joined if isinstance(x, Tensor)]

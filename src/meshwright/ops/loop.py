@@ -130,13 +130,24 @@ def scan(
     out: list[Packing] = []
 
     def step(arrays: Any, slices: Any) -> Any:
-        new, y = f(carry.pack(arrays), take(slices))
+        new, y = _pair(f(carry.pack(arrays), take(slices)))
         out[:] = [Packing(y, "scan: output")]
         return carry.unpack(new), out[0].unpack(y)
 
     body = rematerialised(step, remat, in_loop=True) if remat else step
     last, ys = jax.lax.scan(body, carry.unpack(init), stacked, length=d.size, reverse=reverse, unroll=unroll)
     return carry.pack(last), _stacked(out[0], ys, d)
+
+
+def _pair(result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        kind = "array" if isinstance(result, jax.Array) else type(result).__name__
+        found = f"one {kind}" if not isinstance(result, tuple | list) else f"a {kind} of {len(result)}"
+        raise fail_type(
+            f"scan: the body returned {found}; it must return (carry, y), where y is what is stacked, or None. Write "
+            "mw.fold for a body that returns the carry alone."
+        )
+    return result[0], result[1]
 
 
 def fold(

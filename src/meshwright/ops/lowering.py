@@ -21,8 +21,6 @@ from ..errors import fail_type
 from ..scope import Axes, Scope, Split, current_manual, mapped_axes
 from ..tensor import PARAMETER, Tensor, check_home
 
-Scalar = bool | int | float | complex | np.generic | np.ndarray | jax.Array
-
 
 def is_scalar(x: Any) -> bool:
     """Whether ``x`` is a plain scalar, which needs no names."""
@@ -153,7 +151,7 @@ def align(array: Any, have: Dims, out: Dims) -> Any:
 
 def over_names(x: Tensor, over: Names | None, asked: str) -> tuple[str, ...]:
     """The names to work over: all dims for None. Unknown or repeated names are errors."""
-    names = x.names if over is None else as_names(over)
+    names = x.names if over is None else as_names(over, asked)
     for name in names:
         index_of(x.dims, name, asked)
     return tuple(dict.fromkeys(names))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import collectives
-from ..dims import Dim, as_dims, show
+from ..dims import Dim, as_dim, as_dims, show
 from ..errors import fail, fail_type
 from ..scope import Axes
 from ..tensor import PARAMETER, Tensor, make
@@ -52,7 +52,7 @@ def arange(dim: Dim, start: Any = 0, step: Any = 1, dtype: Any = None) -> Any:
         start, step: numbers; ``start`` may be a traced scalar, such as the position of a decoder.
         dtype: the result's; that of ``start`` and ``step`` when None, so int32 for ints and float32 for floats.
     """
-    (dim,) = as_dims(dim)
+    dim = as_dim(dim, "arange")
     _check_scalars("arange", start=start, step=step)
     kind = jnp.result_type(start, step) if dtype is None else dtype
     held = jnp.asarray(start, kind) + jnp.asarray(step, kind) * places(dim, "arange").astype(kind)
@@ -61,7 +61,7 @@ def arange(dim: Dim, start: Any = 0, step: Any = 1, dtype: Any = None) -> Any:
 
 def linspace(dim: Dim, start: Any, stop: Any, *, endpoint: bool = True, dtype: Any = jnp.float32) -> Any:
     """``dim.size`` numbers evenly from ``start`` to ``stop``, which is the last one unless ``endpoint`` is False."""
-    (dim,) = as_dims(dim)
+    dim = as_dim(dim, "linspace")
     _check_scalars("linspace", start=start, stop=stop)
     num_steps = max(dim.size - 1 if endpoint else dim.size, 1)
     share = places(dim, "linspace").astype(dtype) / num_steps
@@ -71,19 +71,19 @@ def linspace(dim: Dim, start: Any, stop: Any, *, endpoint: bool = True, dtype: A
 
 def full(dims: Dim | Iterable[Dim], value: Any, dtype: Any = None) -> Any:
     """One value everywhere, a scalar, which may be traced. ``dtype`` is that of the value when None."""
-    these = as_dims(dims)
+    these = as_dims(dims, "full")
     _check_scalars("full", value=value)
     return make(jnp.full(local_sizes(these, "full"), value, dtype), these, asked="full")
 
 
 def zeros(dims: Dim | Iterable[Dim], dtype: Any = jnp.float32) -> Any:
     """Zeros: ``mw.zeros((batch, embed))``."""
-    return full(dims, 0, dtype)
+    return full(as_dims(dims, "zeros"), 0, dtype)
 
 
 def ones(dims: Dim | Iterable[Dim], dtype: Any = jnp.float32) -> Any:
     """Ones: ``mw.ones((batch, embed))``."""
-    return full(dims, 1, dtype)
+    return full(as_dims(dims, "ones"), 1, dtype)
 
 
 def full_like(x: Any, value: Any, dtype: Any = None) -> Any:
@@ -138,7 +138,7 @@ def causal_mask(queries: Dim, keys: Dim, *, start: Any = 0, window: int | None =
 
 def _compare(asked: str, rows: Dim, cols: Dim, function: Any) -> Any:
     """A function of the row and the column of each place of a two-dimensional tensor."""
-    these = as_dims((rows, cols))
+    these = as_dims((rows, cols), asked)
     local_sizes(these, asked)
     return make(function(places(rows, asked)[:, None], places(cols, asked)[None, :]), these, asked=asked)
 

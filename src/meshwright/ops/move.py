@@ -54,7 +54,7 @@ def reorder(x: Any, *names: Any) -> Any:
     """
     check_operand(x, "reorder", scalars=False)
     if len(names) == 1 and isinstance(names[0], str | tuple | list):
-        names = as_names(names[0])
+        names = as_names(names[0], "reorder") if isinstance(names[0], str) else tuple(names[0])
     listed = [n.name if isinstance(n, Dim) else n for n in names]
     named = [n for n in listed if n is not ...]
     for n in named:
@@ -89,7 +89,7 @@ def broadcast(x: Any, *dims: Dim | Iterable[Dim]) -> Any:
     """
     check_operand(x, "broadcast")
     listed: Any = dims[0] if len(dims) == 1 else dims
-    new = as_dims(listed)
+    new = as_dims(listed, "broadcast")
     if not isinstance(x, Tensor):
         x = vary(jnp.asarray(x), wanted("broadcast", new))
         return make(jnp.broadcast_to(x, local_sizes(new, "broadcast")), new, asked="broadcast") if new else x

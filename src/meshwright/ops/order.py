@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import collectives
-from ..dims import Dim, as_dims, check_unique, find, index_of, show
+from ..dims import Dim, as_dim, check_unique, find, index_of, show
 from ..errors import fail
 from ..tensor import make
 from .elementwise import stop_gradient
@@ -43,7 +43,7 @@ def top_k(x: Any, name: str, k_dim: Dim) -> tuple[Any, Any]:
     asked = "top_k"
     check_operand(x, asked, scalars=False)
     at, d = index_of(x.dims, name, asked), find(x.dims, name, asked)
-    (k_dim,) = as_dims(k_dim)
+    k_dim = as_dim(k_dim, asked)
     if k_dim.size > d.size:
         raise fail(
             f"top_k: {k_dim} values wanted of {d}; {k_dim.size} is more than {d.size}. Tensor: ({show(x.dims)})."

@@ -61,7 +61,7 @@ def split(key: Any, num: int | DimsLike = 2) -> Any:
     """
     if isinstance(num, int):
         return jax.random.split(key, num)
-    one, these = as_key(key, "split"), as_dims(num)
+    one, these = as_key(key, "split"), as_dims(num, "split")
     start = slice_start(these, "split")
     if start is None:
         return make(jax.random.split(one, local_sizes(these, "split")), these, asked="split")
@@ -178,7 +178,7 @@ def cauchy(key: Any, dims: DimsLike, dtype: Any = None) -> Any:
 
 def _draw(asked: str, key: Any, dims: DimsLike, sample: Callable[..., Any], **parameters: Any) -> Any:
     """A tensor of what ``sample(key, shape, **parameters)`` draws; its parameters are broadcast to ``dims`` by name."""
-    one, these = as_key(key, asked), as_dims(dims)
+    one, these = as_key(key, asked), as_dims(dims, asked)
     for name, x in parameters.items():
         check_operand(x, f"{asked}: {name}")
         _check_contained(x, these, asked, name)
@@ -232,7 +232,7 @@ def categorical(key: Any, logits: Any, over: Names, *, dims: DimsLike = (), mode
         draws: the greatest of logits plus Gumbel noise.
     """
     check_operand(logits, "categorical", scalars=False)
-    names, new = over_names(logits, over, "categorical"), as_dims(dims)
+    names, new = over_names(logits, over, "categorical"), as_dims(dims, "categorical")
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise fail_type(f"categorical: logits are floating, found {logits.dtype} ({show(logits.dims)}).")
     noise = gumbel(key, new + logits.dims, logits.dtype, mode=mode)

@@ -150,12 +150,12 @@ def _extreme(asked: str, x: Any, over: Names | None, local: Callable[..., Any], 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _joined_extreme(local: Any, join: Any, where: tuple[int, ...], axes: Axes, array: Any) -> Any:
     """The extreme of a slice joined across devices: by ``join``, or where that is None by XLA's partitioner."""
+    left = collectives.varies_over(array) - frozenset(axes)  # JAX forgets it of arrays without elements
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        return join(local(array, where), axes) if join is not None else local(array, where)
+        return collectives.vary(join(local(array, where), axes) if join is not None else local(array, where), left)
     beyond = local is jnp.max
-    if join is None:
-        return _from_keys(local(_keys(array, beyond), where), array.dtype)
-    return _from_keys(join(_keys(local(array, where), beyond), axes), array.dtype)
+    keys = local(_keys(array, beyond), where) if join is None else join(_keys(local(array, where), beyond), axes)
+    return collectives.vary(_from_keys(keys, array.dtype), left)
 
 
 @_joined_extreme.defjvp
@@ -169,7 +169,7 @@ def _joined_extreme_jvp(
     count, total = jnp.sum(attains, where), jnp.sum(attains * tangent, where)
     if axes:
         count, total = collectives.all_sum(count, axes), collectives.all_sum(total, axes)
-    return best, total / count
+    return best, collectives.vary(total / count, collectives.varies_over(best))
 
 
 def _keys(x: Any, beyond: bool) -> Any:

@@ -42,7 +42,7 @@ def merge(x: Any, names: Names, into: str) -> Any:
         ValueError: a name is missing, or ``into`` stands already.
     """
     check_operand(x, "merge", scalars=False)
-    listed = as_names(names)
+    listed = as_names(names, "merge")
     if not listed:
         raise fail(f"merge: name the dims of ({show(x.dims)}) to merge into {into!r}.")
     parts = tuple(find(x.dims, n, "merge") for n in listed)

@@ -149,7 +149,7 @@ def skipped(array: Array, reaches: Sequence[Reach], at: Sequence[int], skips: Se
 
 
 def whole_for_xla(array: Array, these: Dims, names: Sequence[str]) -> Array:
-    """Under XLA's partitioner: ``array`` with the dims ``names`` whole on every device, the others split as they are."""
+    """Under XLA's partitioner: ``array`` with the dims ``names`` whole on every device, the others split as ever."""
     scope = current()
     if scope is None or scope.manual or not any(scope.axes_of(name) for name in names):
         return array

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from .. import collectives
-from ..dims import Dim, Dims, Names, as_dims, as_names, find, index_of, show, union, without
+from ..dims import Dim, Dims, Names, as_dims, as_names, find, index_of, show, sizes_of, union, without
 from ..errors import fail, fail_type, nearest
 from ..scope import Split, current_manual, mapping
 from ..tensor import ACTIVATION, PARAMETER, Tensor, check_home, make
@@ -200,7 +200,8 @@ def apply(f: Callable[..., Any], *tensors: Tensor, dims_in: Names | Sequence[Nam
     """
     for x in tensors:
         check_operand(x, "apply", scalars=False)
-    cores = [as_names(dims_in)] * len(tensors) if isinstance(dims_in, str) else [as_names(n) for n in dims_in]
+    given = [dims_in] * len(tensors) if isinstance(dims_in, str) or not isinstance(dims_in, Sequence) else dims_in
+    cores = [as_names(n, "apply: dims_in") for n in given]
     if len(cores) != len(tensors):
         raise fail_type(f"apply: {len(cores)} entries of dims_in for {len(tensors)} tensors.")
     every = union([x.dims for x in tensors], "apply")
@@ -253,11 +254,11 @@ def _checked_results(found: Any, several: bool, num_batch: int, results: Sequenc
         )
     arrays = [jnp.asarray(a) for a in (found if several else [found])]
     for i, (a, these) in enumerate(zip(arrays, results, strict=True)):
-        if a.shape[num_batch:] != tuple(d.size for d in these):
+        if a.shape[num_batch:] != sizes_of(these):
             which = f"result {i}" if several else "the result"
             raise fail(
-                f"apply: dims_out asks for ({show(these)}), so the shape {tuple(d.size for d in these)}; {which} of the "
-                f"function has the shape {a.shape[num_batch:]}.\n"
+                f"apply: dims_out asks for ({show(these)}), so the shape {sizes_of(these)}; {which} of the function "
+                f"has the shape {a.shape[num_batch:]}.\n"
                 "  Give dims_out the names of what the function makes, with their sizes: mw.Dim(name, size)."
             )
     return arrays
@@ -269,8 +270,9 @@ def _batched(array: Any, have: Dims, batch: Dims, core: Dims) -> Any:
 
 
 def _result_dims(out: Any, every: Dims) -> Dims:
-    listed = out.split() if isinstance(out, str) else [out] if isinstance(out, Dim) else list(out)
-    return as_dims([d if isinstance(d, Dim) else find(every, d, "apply: dims_out") for d in listed])
+    asked = "apply: dims_out"
+    listed = out if isinstance(out, tuple | list) else (out,) if isinstance(out, Dim) else as_names(out, asked)
+    return as_dims([d if isinstance(d, Dim) else find(every, d, asked) for d in listed], asked)
 
 
 def _check_whole(all_dims: Sequence[Dims]) -> None:

@@ -41,7 +41,7 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Achieved:
-    """A collective as it was measured: ``alpha_seconds`` and the bytes that a device sends over ``bytes_per_second``."""
+    """A collective as it was measured: ``alpha_seconds``, and ``bytes_per_second`` of what a device sends."""
 
     kind: str
     group_size: int
@@ -90,6 +90,14 @@ class Hardware:
     """One way, a chip, between slices or domains; 0 where it is not known."""
     achieved: tuple[Achieved, ...] = ()
     """Measured collectives, which are taken before the formulas."""
+    cache_bytes: int = 0
+    """An operation that moves no more than this finds it in a cache; 0: there is none that matters."""
+    cache_bytes_per_second: float = 0.0
+    """How fast it then is."""
+    elementwise_flops: float = 0.0
+    """Elementwise operations a second, where they limit a pass and not the memory; 0: they never do."""
+    launch_seconds: float = 0.0
+    """What a product, or a pass of elementwise operations, takes whatever its size."""
     overlap: bool = True
     """Whether collectives run beside the computation."""
     unchecked: tuple[str, ...] = ()
@@ -142,6 +150,15 @@ class Hardware:
         how, _, number = self.wraps.rpartition(" ")
         return bool(how) and (length == int(number) if how == "at" else length % int(number) == 0)
 
+    def pass_seconds(self, num_bytes: int, flops: int) -> float:
+        """How long an elementwise pass takes that moves so many bytes and does so many operations."""
+        if not num_bytes:
+            return 0.0
+        cached = num_bytes <= self.cache_bytes
+        moving = num_bytes / (self.cache_bytes_per_second if cached else self.hbm_bytes_per_second)
+        doing = flops / self.elementwise_flops if self.elementwise_flops else 0.0
+        return max(moving, doing) + self.launch_seconds
+
     def matmul_flops(self, sizes: tuple[int, ...]) -> float:
         """The rate that a product of matrices with these sizes (rows, columns, summed) reaches, operations a second.
 
@@ -165,7 +182,9 @@ class Hardware:
         lines = ["[[chip]]"]
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != field.default:
+            if field.name in ("matmul", "achieved") and value:
+                lines += [f"{field.name} = [", *(f"    {_toml(each)}," for each in value), "]"]
+            elif value != field.default:
                 lines.append(f"{field.name} = {_toml(value)}")
         return "\n".join(lines) + "\n"
 
@@ -212,4 +231,4 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return f"{value:.6g}" if isinstance(value, float) and "." not in f"{value:.6g}" else repr(value)
+    return repr(float(f"{value:.6g}")) if isinstance(value, float) else repr(value)

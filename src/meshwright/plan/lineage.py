@@ -4,7 +4,8 @@ Two facts are followed through a program, by the operations that make values and
 
 - a value that is a *parameter*, moved or cast but not computed with: its gather is the price of the layout at rest,
   while an activation's gather may be a mistake;
-- a value made of *positions* alone (``iota``): a comparison of two is a mask by position, as causal attention has it.
+- a value made of *positions* alone (``iota``): a comparison in two dims is a mask by position, as causal attention
+  has it.
 """
 
 from dataclasses import dataclass, field
@@ -69,9 +70,9 @@ class Lineage:
         known = [v for v in op.ins if v is not None]
         if op.name in _MOVES and known and (argument := self.parameter(known[0])) is not None:
             self.parameters.update((id(v), argument) for v in op.outs)
-        made = op.name == "iota" or (bool(known) and all(id(v) in self.positions for v in known))
+        made = op.name in ("iota", "axis_index") or (bool(known) and all(id(v) in self.positions for v in known))
         if not made:
             return
         self.positions.update(id(v) for v in op.outs)
-        if op.name in _COMPARISONS and len(known) == 2:
+        if op.name in _COMPARISONS and sum(n > 1 for n in op.outs[0].shape) > 1:
             self.causal = True

@@ -17,9 +17,10 @@ permute         slice / W + alpha                the same           slice / W   
 ``hops`` is ceil(N/2) on a ring and N - 1 on a line; a switch has one alpha. Dimensions work side by side, so their
 rates add up. Two devices of a chip that speak in different groups share its links. Measured figures (``achieved``)
 stand before the formulas of a switch. How a mesh lies on a torus is JAX's choice for present devices; here each axis,
-from the last, takes whole dimensions whose product it is, as JAX does, or else parts of them.
+from the last, takes the devices of a chip and whole dimensions whose product it is, or else parts of them.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -76,11 +77,11 @@ class Path:
         )
 
     def __str__(self) -> str:
-        """``ring of 8``, ``line of 4 x ring of 8``, ``switch of 8, 4 parts on the slow network``."""
+        """``ring of 8``, ``line of 4 x ring of 8``, ``switch of 8, 4 on the slow network``."""
         pieces = [f"{'ring' if s.closes else 'line'} of {s.length}" for s in self.stretches]
         pieces += [f"switch of {self.switched}"] * (self.switched > 1)
         pieces += [f"{self.cores} cores of a chip"] * (self.cores > 1)
-        slow = [f"{self.parts} parts on the slow network"] * self.slow
+        slow = [f"{self.parts} on the slow network"] * self.slow
         return ", ".join([" x ".join(pieces)] * bool(pieces) + slow) or "one device"
 
 
@@ -107,7 +108,7 @@ class Machine:
         twice = 2 if row.kind == ALL_REDUCE else 1
         within = twice * _within(row, path, hardware, self.devices_per_chip)
         if found is not None and path.within > 1:
-            within = found.seconds(row.sent_bytes)
+            within = found.seconds(dataclasses.replace(row, group_size=path.within).sent_bytes)
         if not path.slow:
             return within
         if not hardware.slow_bytes_per_second:
@@ -204,7 +205,7 @@ def _of_chip(chip: Hardware, sizes: Mapping[str, int], slow: Axes = ()) -> Machi
         return Machine(chip, sizes, _switched(sizes, per_part, max(1, num // per_part), slow))
     per_chip = CHIPS[chip.platform][chip.name].devices_per_chip
     paths: dict[str, Path] = {}
-    for axis, size in reversed(sizes.items()):
+    for axis, size in reversed(list(sizes.items())):
         free = size % per_chip == 0 and all(p.cores == 1 for p in paths.values())
         cores = per_chip if free else 1
         paths[axis] = Path(cores, _stretches([(size // cores, size // cores)], chip))
@@ -241,13 +242,12 @@ def _on_torus(sizes: Mapping[str, int], topology: Topology, slow: Axes, chip: Ha
     shares = _shares(sizes, topology.num_slices, slow)
     left, cores_left = list(topology.shape), topology.devices_per_chip
     paths: dict[str, Path] = {}
-    for axis, size in reversed(sizes.items()):
+    for axis, size in reversed(list(sizes.items())):
         size //= shares[axis]
-        cores = 1
-        taken = _whole(size, left)
-        if taken is None and cores_left > 1 and size % cores_left == 0:
-            cores, cores_left = cores_left, 1
-            taken = _whole(size // cores, left)
+        cores, taken = 1, _whole(size, left)
+        with_cores = _whole(size // cores_left, left) if cores_left > 1 and size % cores_left == 0 else None
+        if with_cores is not None:
+            cores, cores_left, taken = cores_left, 1, with_cores
         pairs = _pairs(size // cores, left, topology.shape, taken)
         paths[axis] = Path(cores, _stretches(pairs, chip), parts=shares[axis])
     return paths

@@ -10,10 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jax.sharding import PartitionSpec
+
 from ..scope import Axes, Split
 from .primitives import ELEMENTWISE, REDUCTIONS
 
 _SILENT = frozenset({"broadcast_in_dim", "iota", "optimization_barrier", "transpose"})
+KNOWN = ELEMENTWISE | REDUCTIONS | _SILENT | {"shard_map", "sharding_constraint"}
+"""The operations on split arrays, and on what is made from them, of which it is known what XLA does."""
 Added = tuple[str, Axes, tuple[int, ...]]
 """A collective that XLA adds: its kind, its axes, and the shape of the buffer that it reduces, gathers or exchanges."""
 Sizes = dict[str, int]
@@ -59,9 +63,13 @@ def _joined(known: Sequence[Split]) -> Split | None:
 
 
 def _of_sharding(sharding: Any, ndim: int) -> Split:
-    spec = getattr(sharding, "spec", ())
-    entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+    entries = [() if _is_open(e) else (e,) if isinstance(e, str) else tuple(e) for e in getattr(sharding, "spec", ())]
     return tuple(entries + [()] * (ndim - len(entries)))
+
+
+def _is_open(entry: Any) -> bool:
+    """Whether an entry of a spec names no axes: the dim is whole, or left to XLA."""
+    return entry is None or entry is PartitionSpec.UNCONSTRAINED
 
 
 def communication(
@@ -70,6 +78,8 @@ def communication(
     """The collectives that XLA adds to an operation, and whether that is all it does."""
     split = [v for v in ins if v is not None and any(v.split)]
     if name == "sharding_constraint":
+        if PartitionSpec.UNCONSTRAINED in getattr(params["sharding"], "spec", ()):
+            return [], False
         return moved(ins[0], outs[0], sizes) if split else ([], True)
     if not split or name in _SILENT:
         return [], True
@@ -89,7 +99,7 @@ def moved(have: Any, want: Any, sizes: Sizes) -> tuple[list[Added], bool]:
     if not gone:
         return [], _kept(mine, asked)
     if not set(gone) & set(come):
-        return list(_gathers(want, leaving, sizes)), _kept(mine, asked)
+        return list(_gathers(want, leaving, sizes)), not come and _kept(mine, asked)
     exchanged = [axes for axes in leaving if axes] == [axes for axes in arriving if axes] and sum(
         map(bool, leaving)
     ) == 1

@@ -1,25 +1,51 @@
 """``plan``: from a function and its arguments to everything that is known before it runs."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
+from rich.console import RenderableType
 
-from ..errors import fail_type
+from ..devices import show_sizes
+from ..errors import fail, fail_type
 from ..explain import path_text
-from ..tensor import Tensor
+from ..mesh import Mesh
+from ..tensor import PARAMETER, Tensor
+from ..topology import Topology
+from .hardware import Hardware
+from .lineage import Lineage
+from .network import Machine, machine
 from .program import Program, read
+from .report import as_text, comparison, page
+from .summary import Held, Summary, summary
+from .time import Times, times_of
 from .traffic import Collective, collectives_of
+from .warnings import Known, PlanWarning, warnings_of
 from .work import Flops, flops_in
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
-    """What one call of a program does on one device."""
+    """What one call of a program does on one device. ``print`` shows it; rich shows it in colour."""
 
     program: Program
+    machine: Machine | None = None
+    """What it runs on: without one, nothing is known of times."""
+    name: str = "the program"
+    """The function's."""
+
+    def on(self, hardware: "str | Hardware | Topology | Mesh | Machine") -> "Plan":
+        """The same plan on a machine: a mesh with its topology, ``"tpu:v5p:8x8x8"``, a chip (``"h100"``), a profile
+        of ``mw.calibrate`` or its file.
+
+        Raises:
+            ValueError: the machine is not known, or has another number of devices.
+        """
+        return dataclasses.replace(self, machine=machine(hardware, self.program.sizes))
 
     @functools.cached_property
     def collectives(self) -> tuple[Collective, ...]:
@@ -30,6 +56,87 @@ class Plan:
     def flops(self) -> Flops:
         """The floating-point operations."""
         return flops_in(self.program)
+
+    def time(self, hardware: "str | Hardware | Topology | Mesh | Machine | None" = None) -> Times:
+        """How long a call takes, and what it waits for.
+
+        Args:
+            hardware: as for ``on``; None: the plan's own machine.
+
+        Raises:
+            ValueError: no machine is known.
+        """
+        if hardware is not None:
+            return self.on(hardware)._times
+        if self.machine is None:
+            raise fail(
+                "plan.time: nothing is known of the speed of this machine. Name one: plan.time('v5p'), "
+                "plan.time('gpu:h100:64'), a mesh with a topology, or mw.calibrate()'s profile of this one."
+            )
+        return self._times
+
+    @functools.cached_property
+    def warnings(self) -> tuple[PlanWarning, ...]:
+        """What is probably not as it should be, the most expensive first; without a machine, what needs none."""
+        known = Known.of(self.program, self._lineage, self.machine, self._held.peak_bytes)
+        return warnings_of(known)
+
+    @functools.cached_property
+    def summary(self) -> Summary:
+        """Everything that the report shows, as data."""
+        times = self._times if self.machine is not None else None
+        sizes = self.program.sizes
+        return summary(self.name, sizes, self.machine, times, self.flops, self.collectives, self._held, self.warnings)
+
+    def to_json(self) -> str:
+        """The summary as JSON: times in seconds, sizes in bytes, of one device in one call."""
+        return self.summary.json()
+
+    def compare(self, other: "Plan", names: tuple[str, str] = ("this", "other")) -> "Comparison":
+        """This plan and another, side by side."""
+        return Comparison(((names[0], self.summary), (names[1], other.summary)))
+
+    def __repr__(self) -> str:
+        on = f" on {self.machine.hardware.title}" if self.machine is not None else ""
+        return f"<Plan of {self.name}{on}: {show_sizes(self.program.sizes) or 'one device'}>"
+
+    def __rich__(self) -> RenderableType:
+        return page(self.summary)
+
+    def __str__(self) -> str:
+        return as_text(page(self.summary, plain=True))
+
+    @functools.cached_property
+    def _lineage(self) -> Lineage:
+        return Lineage.of(self.program)
+
+    @functools.cached_property
+    def _times(self) -> Times:
+        assert self.machine is not None
+        return times_of(self.program, self.machine, self._lineage)
+
+    @functools.cached_property
+    def _held(self) -> Held:
+        """What a device holds: at least the arguments."""
+        by_kind = {"parameters and state": 0, "other arguments": 0}
+        for argument in self.program.arguments:
+            kind = "parameters and state" if argument.role == PARAMETER else "other arguments"
+            by_kind[kind] += argument.value.num_bytes
+        return Held(by_kind, sum(by_kind.values()), False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Plans side by side: ``print`` shows a table."""
+
+    sides: tuple[tuple[str, Summary], ...]
+    """Each one's name and figures."""
+
+    def __rich__(self) -> RenderableType:
+        return comparison(self.sides)
+
+    def __str__(self) -> str:
+        return as_text(comparison(self.sides))
 
 
 def plan(fn: Callable[..., Any], *args: Any) -> Plan:
@@ -52,4 +159,14 @@ def plan(fn: Callable[..., Any], *args: Any) -> Plan:
         role, names = (x.role, x.names) if isinstance(x, Tensor) else ("", ())
         leaves.append(x.raw if isinstance(x, Tensor) else x)
         about.append((path_text(path), role, names))
-    return Plan(read(traced, leaves, about))
+    return Plan(read(traced, leaves, about), _present(leaves), traced.fun_name)
+
+
+def _present(leaves: Sequence[Any]) -> Machine | None:
+    """The machine on which the arguments lie, when it is in the table."""
+    for x in leaves:
+        found = x.sharding if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else None
+        if isinstance(found, NamedSharding) and isinstance(found.mesh, jax.sharding.Mesh):
+            chip = Hardware.of_kind(found.mesh.devices.flat[0].device_kind)
+            return machine(chip, dict(found.mesh.shape)) if chip is not None else None
+    return None

@@ -10,8 +10,8 @@ UNARY = frozenset({
 
 BINARY = frozenset({
     "add", "add_any", "and", "atan2", "clamp", "complex", "div", "eq", "ge", "gt", "igamma", "igammac", "le", "lt",
-    "max", "min", "mul", "ne", "nextafter", "or", "pow", "regularized_incomplete_beta", "rem", "select_n", "shift_left",
-    "shift_right_arithmetic", "shift_right_logical", "sub", "threefry2x32", "xor", "zeta",
+    "max", "min", "mul", "ne", "nextafter", "or", "pow", "random_bits", "regularized_incomplete_beta", "rem",
+    "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sub", "threefry2x32", "xor", "zeta",
 })  # fmt: skip
 """One operation for each element of the result, of two operands or more of its shape."""
 

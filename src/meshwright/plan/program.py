@@ -139,6 +139,8 @@ class _Reader:
 
     sizes: Sizes = field(default_factory=dict)
     unknown: list[Op] = field(default_factory=list)
+    spread: set[Value] = field(default_factory=set)
+    """Values outside regions that are, or were made from, split ones: XLA may hold them otherwise than they say."""
 
     def block(self, jaxpr: Jaxpr, given: Sequence[Value | None], chain: tuple[Any, ...], inside: Sizes) -> Block:
         """``jaxpr`` on the values ``given``."""
@@ -186,6 +188,10 @@ class _Reader:
 
     def _outside(self, op: Op, added: list[outside.Added], known: bool, nodes: list[Node]) -> None:
         """What XLA's partitioner adds to an operation on split arrays."""
+        arrays = [v for v in op.ins if v is not None and v.shape]
+        if any(v.split and any(v.split) for v in (*arrays, *op.outs)) or any(v in self.spread for v in arrays):
+            self.spread.update(op.outs)
+            known = known and op.name in outside.KNOWN
         if not known:
             self.unknown.append(op)
         for kind, axes, shape in added:
@@ -233,11 +239,13 @@ class _Reader:
             _like(v.aval, x, inside, self.sizes, drop=i >= last)
             for i, (v, x) in enumerate(zip(closed.jaxpr.invars, ins, strict=True))
         ]
+        self._stay_spread(given, ins)
         body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
         outs = tuple(
             _like(v.aval, x, inside, self.sizes, add=i >= params["num_carry"])
             for i, (v, x) in enumerate(zip(eqn.outvars, body.outs, strict=True))
         )
+        self._stay_spread(outs, body.outs)
         origin = origin_of(chain, "scan", bool(inside))
         nodes.append(Loop(body, params["length"], ins[:first], ins[first:last], ins[last:], outs, origin))
         return outs
@@ -248,6 +256,7 @@ class _Reader:
         carry = ins[tests + bodies :]
         closed = params["body_jaxpr"]
         given = [_like(v.aval, x, inside, self.sizes) for v, x in zip(closed.jaxpr.invars, ins[tests:], strict=True)]
+        self._stay_spread(given, ins[tests:])
         body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
         test = params["cond_jaxpr"]
         asked = self.block(
@@ -255,9 +264,13 @@ class _Reader:
         )
         body.nodes[:0] = asked.nodes
         outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, body.outs, strict=True))
+        self._stay_spread(outs, body.outs)
         origin = origin_of(chain, "while_loop", bool(inside))
         nodes.append(Loop(body, None, ins[tests : tests + bodies], carry, (), outs, origin))
         return outs
+
+    def _stay_spread(self, values: Sequence[Value], like: Sequence[Value | None]) -> None:
+        self.spread.update(v for v, x in zip(values, like, strict=True) if x in self.spread)
 
     def _cond(self, eqn: Any, ins: Any, chain: Any, inside: Sizes, nodes: list[Node]) -> Sequence[Value]:
         branches = tuple(
@@ -265,14 +278,15 @@ class _Reader:
             for b in eqn.params["branches"]
         )
         outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, branches[0].outs, strict=True))
+        self._stay_spread(outs, branches[0].outs)
         nodes.append(Choice(branches, ins, outs, origin_of(chain, "cond", bool(inside))))
         return outs
 
 
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "callee")
 _OPENED = frozenset({
     "jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat", "custom_jvp_call", "custom_vjp_call",
-    "custom_vjp_call_jaxpr", "custom_lin", "core_closed_call", "run_state",
+    "custom_vjp_call_jaxpr", "custom_lin", "core_closed_call", "run_state", "linear_call",
 })  # fmt: skip
 
 
@@ -367,11 +381,17 @@ def read(traced: Any, leaves: Sequence[Any], about: Sequence[tuple[str, str, tup
 
 
 def _find_sizes(jaxpr: Jaxpr, sizes: Sizes) -> None:
+    """Every mesh that a region or a sharding constraint is made for."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "shard_map":
-            sizes.update(eqn.params["mesh"].shape)
-        elif (called := _called(eqn.primitive.name, eqn.params)) is not None:
-            _find_sizes(called.jaxpr if isinstance(called, ClosedJaxpr) else called, sizes)
+        mesh = eqn.params.get("mesh", getattr(eqn.params.get("sharding"), "mesh", None))
+        sizes.update(mesh.shape if mesh is not None else {})
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner) and eqn.primitive.name != "shard_map":
+                _find_sizes(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner, sizes)
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, Jaxpr | ClosedJaxpr)
 
 
 def pruned(block: Block) -> Block:

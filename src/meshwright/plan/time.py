@@ -4,12 +4,12 @@ Each operation has a cost. A product of matrices takes the longer of its arithme
 and of its way through memory; everything else takes its way through memory (``touched.py``). A collective takes what
 its network says (``network.py``).
 
-A device has one unit that computes, in the program's order as far as operands are there, and a port to the network of
-each axis, which takes collectives in the same way: what needs no result of a running collective goes on beside it.
-Between the turns of a loop nothing overlaps. Where the hardware cannot overlap, everything runs in one line. What
-comes out of it:
+A device has one unit that computes and ports to its networks: on a torus one for each axis (a group along several uses
+that of the first), else one for the switch and one for the slow network. Each takes what has been ready longest, so
+what needs no result of a running collective goes on beside it. Between the turns of a loop nothing overlaps, and
+where the hardware cannot overlap, everything runs in one line.
 
-    seconds = compute + memory + the time that only collectives run
+    seconds = compute + HBM + the time that only collectives run
 
     MFU = model FLOPs / (seconds x peak)          the products of the program, once: not what is recomputed, nor the
                                                   copies that other devices compute as well
@@ -19,6 +19,8 @@ In both, attention under a causal mask counts half: a product of two activations
 mask made of positions. Products of every dtype count at the peak of bfloat16.
 """
 
+import bisect
+import dataclasses
 import heapq
 import math
 from collections import defaultdict
@@ -28,12 +30,12 @@ from dataclasses import dataclass, field
 from .lineage import Lineage
 from .network import Machine
 from .origin import RECOMPUTE, Origin
-from .program import Block, Choice, Loop, Node, Op, Program, Value
+from .program import Block, Loop, Node, Op, Program
 from .touched import reads_of, touched_bytes
 from .traffic import rows_of
 from .work import CONVOLUTION, ELEMENTWISE, MATMUL, copies_of, flops_of
 
-COMPUTE, MEMORY = "compute", "memory"
+COMPUTE, HBM, LOOP = "compute", "HBM", "loop"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Span:
     name: str
     """The primitive, or the kind of collective; ``loop`` for a loop."""
     stream: str
-    """``compute``, ``memory``, or the axes of the network: ``data``, ``pod x data``; ``loop``."""
+    """``compute``, ``HBM``, or the axes of the network: ``data``, ``pod x data``; ``loop``."""
     start_seconds: float
     """From the beginning of what it stands in."""
     seconds: float
@@ -80,7 +82,7 @@ class Times:
     """The whole call."""
     compute_seconds: float
     """What arithmetic limits."""
-    memory_seconds: float
+    hbm_seconds: float
     """What the way through memory limits."""
     exposed_seconds: float
     """While collectives run and nothing is computed."""
@@ -94,8 +96,8 @@ class Times:
 
     @property
     def bottleneck(self) -> str:
-        """What takes the largest part of the time: ``compute``, ``memory`` or an axis."""
-        parts = {COMPUTE: self.compute_seconds, MEMORY: self.memory_seconds}
+        """What takes the largest part of the time: ``compute``, ``HBM`` or an axis."""
+        parts = {COMPUTE: self.compute_seconds, HBM: self.hbm_seconds}
         parts.update({axis.axes: axis.exposed_seconds for axis in self.axes})
         return max(parts, key=lambda name: parts[name])
 
@@ -103,7 +105,7 @@ class Times:
         """For each line of the user's, the seconds of each stream; of networks, what is not hidden."""
         found: dict[tuple[str, int], dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for span, turns in every_span(self.spans):
-            seconds = span.seconds if span.stream in (COMPUTE, MEMORY) else span.alone_seconds
+            seconds = span.seconds if span.stream in (COMPUTE, HBM) else span.alone_seconds
             found[span.origin.file, span.origin.line][span.stream] += seconds * turns
         return {line: dict(parts) for line, parts in found.items()}
 
@@ -113,7 +115,7 @@ def every_span(spans: Iterable[Span], turns: int = 1) -> Iterator[tuple[Span, in
     for span in spans:
         if span.inside:
             yield from every_span(span.inside, turns * span.turns)
-        elif span.stream != "loop":
+        elif span.stream != LOOP:
             yield span, turns
 
 
@@ -129,7 +131,7 @@ def times_of(program: Program, machine: Machine, lineage: Lineage) -> Times:
     axes = tuple(
         AxisTime(name, busy[name], alone[name], str(machine.path(tuple(name.split(" x ")))))
         for name in busy
-        if name not in (COMPUTE, MEMORY)
+        if name not in (COMPUTE, HBM)
     )
     model, executed = _products(program.block, lineage, program.sizes)
     peak = machine.hardware.peak_flops * seconds or math.inf
@@ -137,8 +139,8 @@ def times_of(program: Program, machine: Machine, lineage: Lineage) -> Times:
         machine,
         seconds,
         busy[COMPUTE],
-        busy[MEMORY],
-        max(0.0, seconds - busy[COMPUTE] - busy[MEMORY]),
+        busy[HBM],
+        max(0.0, seconds - busy[COMPUTE] - busy[HBM]),
         tuple(sorted(axes, key=lambda axis: -axis.seconds)),
         model / peak,
         executed / peak,
@@ -150,11 +152,12 @@ def times_of(program: Program, machine: Machine, lineage: Lineage) -> Times:
 def op_seconds(op: Op, touched: int, machine: Machine) -> tuple[str, float]:
     """Which unit an operation keeps busy, and how long."""
     kind, flops = flops_of(op)
-    memory = touched / machine.hardware.hbm_bytes_per_second
+    hardware = machine.hardware
     if kind == ELEMENTWISE or not flops:
-        return MEMORY, memory
-    compute = flops / machine.hardware.matmul_flops(product_sizes(op))
-    return (COMPUTE, compute) if compute >= memory else (MEMORY, memory)
+        return HBM, hardware.pass_seconds(touched, flops)
+    moving = hardware.pass_seconds(touched, 0)
+    compute = flops / hardware.matmul_flops(product_sizes(op)) + hardware.launch_seconds
+    return (COMPUTE, compute) if compute >= moving else (HBM, moving)
 
 
 def product_sizes(op: Op) -> tuple[int, int, int]:
@@ -212,21 +215,38 @@ class _Scheduler:
     sure: bool = True
 
     def block(self, block: Block) -> tuple[float, tuple[Span, ...]]:
-        """How long one run of a block takes, and its timeline."""
+        """How long one run of a block takes, and its timeline: each unit takes what has been ready longest."""
         touched = touched_bytes(block)
+        waits_for, feeds = _dependencies(block)
+        ready = [0.0] * len(block.nodes)
+        queue = [(0.0, i) for i, num in enumerate(waits_for) if not num]
         free: dict[str, float] = defaultdict(float)
         spans: list[Span] = []
-        end = 0.0
-        for node, ready in _Order(block):
-            span = self._span(node, touched)
-            streams = _streams(span, free)
-            start = max([ready.seconds, *(free[stream] for stream in streams)])
-            free.update(dict.fromkeys(streams, start + span.seconds))
-            ready.finished(node, start + span.seconds)
-            end = max(end, start + span.seconds)
+        while queue:
+            since, i = heapq.heappop(queue)
+            span = self._span(block.nodes[i], touched)
+            start = since
             if span.seconds:
-                spans.append(_at(span, start))
-        return end, _alone(spans)
+                port = self._port(span.stream)
+                start = max(since, max(free.values(), default=0.0) if port == "" else max(free[port], free[""]))
+                free[port] = start + span.seconds
+                spans.append(dataclasses.replace(span, start_seconds=start))
+            for j in feeds[i]:
+                ready[j] = max(ready[j], start + span.seconds)
+                waits_for[j] -= 1
+                if not waits_for[j]:
+                    heapq.heappush(queue, (ready[j], j))
+        return max(free.values(), default=0.0), _with_alone(spans)
+
+    def _port(self, stream: str) -> str:
+        """The unit that a span keeps busy; "" keeps all of them."""
+        if stream == LOOP or not self.machine.hardware.overlap:
+            return ""
+        if stream in (COMPUTE, HBM):
+            return COMPUTE
+        axes = tuple(stream.split(" x "))
+        path = self.machine.path(axes)
+        return "slow" if path.slow else axes[0] if path.stretches else "switch"
 
     def _span(self, node: Node, touched: dict[int, int]) -> Span:
         if isinstance(node, Op):
@@ -240,7 +260,36 @@ class _Scheduler:
             self.sure &= node.length is not None
             seconds, inside = self.block(node.body)
             length = node.length if node.length is not None else 1
-            return Span("loop", "loop", 0.0, seconds * length, length, node.origin, inside)
+            return Span("loop", LOOP, 0.0, seconds * length, length, node.origin, inside)
         self.sure = False
         seconds, inside = max((self.block(branch) for branch in node.branches), key=lambda found: found[0])
-        return Span("cond", "loop", 0.0, seconds, 1, node.origin, inside)
+        return Span("branch", LOOP, 0.0, seconds, 1, node.origin, inside)
+
+
+def _dependencies(block: Block) -> tuple[list[int], list[list[int]]]:
+    """For each node, how many nodes make what it reads, and which nodes read what it makes."""
+    maker: dict[int, int] = {}
+    waits_for, feeds = [0] * len(block.nodes), [[] for _ in block.nodes]
+    for i, node in enumerate(block.nodes):
+        for j in {maker[id(v)] for v in reads_of(node) if id(v) in maker}:
+            feeds[j].append(i)
+            waits_for[i] += 1
+        maker.update((id(v), i) for v in node.outs)
+    return waits_for, feeds
+
+
+def _with_alone(spans: list[Span]) -> tuple[Span, ...]:
+    """The timeline in order; each collective knows how much of it nothing hides."""
+    spans = sorted(spans, key=lambda span: span.start_seconds)
+    busy = [(s.start_seconds, s.start_seconds + s.seconds) for s in spans if s.stream in (COMPUTE, HBM, LOOP)]
+    starts = [start for start, _ in busy]
+    done = []
+    for span in spans:
+        if span.stream in (COMPUTE, HBM, LOOP):
+            done.append(span)
+            continue
+        begin, end = span.start_seconds, span.start_seconds + span.seconds
+        near = busy[max(0, bisect.bisect_right(starts, begin) - 1) : bisect.bisect_left(starts, end)]
+        hidden = sum(max(0.0, min(e, end) - max(s, begin)) for s, e in near)
+        done.append(dataclasses.replace(span, alone_seconds=max(0.0, span.seconds - hidden)))
+    return tuple(done)

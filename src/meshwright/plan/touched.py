@@ -22,6 +22,7 @@ VIEWS = frozenset({
 _CUTS = frozenset({"slice", "dynamic_slice", "gather"})
 _PUTS = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2, "scatter_add": 2}
 """Where the operand stands that is put in."""
+_FUSED = (UNARY | BINARY | READING) - {*_PUTS, "sort", "top_k"}
 _ENDS = -1
 """Reads what leaves the block."""
 
@@ -64,7 +65,7 @@ def touched_bytes(block: Block) -> dict[int, int]:
         if op.name in VIEWS:
             source = passes.source(op.ins[0]) if op.ins else None
             passes.whole.update((id(v), source) for v in op.outs)
-        elif op.name in UNARY or op.name in BINARY or op.name in READING:
+        elif op.name in _FUSED:
             passes.join(op)
     readers = _readers(block, passes)
     read: dict[int, set[int]] = defaultdict(set)
@@ -112,4 +113,3 @@ def _touched(op: Op, passes: _Passes, readers: dict[int, set[int]], read: dict[i
 def _made_in(value: Value, mine: int, passes: _Passes) -> bool:
     maker = passes.maker.get(id(value))
     return maker is not None and passes.name(maker) == mine
-

@@ -1,16 +1,20 @@
 """Work: the floating-point operations of a program on one device.
 
-A product of matrices counts two for each multiplication with its addition, a convolution the same for each tap, an
-elementwise operation one for each element of its result, a reduction one for each element that it reads. Loops count
-their turns. What moves data (reshape, transpose, gather, slices, casts) counts nothing.
+A product of matrices counts two for each multiplication with its addition, a convolution the same for each tap that
+meets an element (not the zeros of padding and dilation, so that its gradients cost what it costs), an elementwise
+operation one for each element of its result, a reduction one for each element that it reads. Loops count their turns.
+What moves data (reshape, transpose, gather, slices, casts) counts nothing.
 
 Work is *useful* the first time it is done, *recomputed* when rematerialisation does it again, and *duplicated* where
 devices along an axis hold the same operands and do the same: d devices that do one thing waste d - 1 of d.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from .origin import RECOMPUTE, Origin
 from .primitives import BINARY, READING, UNARY
@@ -22,12 +26,15 @@ MATMUL, CONVOLUTION, ELEMENTWISE = "matmul", "convolution", "elementwise"
 def flops_of(op: Op) -> tuple[str, int]:
     """What kind of work one run of an operation is, and how many operations it does on one device."""
     if op.name == "dot_general":
+        contracted = op.params["dimension_numbers"][0][0]
+        if not contracted:  # an outer product adds nothing up
+            return ELEMENTWISE, op.outs[0].num_elements
         return MATMUL, 2 * op.outs[0].num_elements * _contracted(op)
     if op.name == "ragged_dot_general":
         left, out = op.ins[0], op.outs[0]
         return MATMUL, 2 * out.num_elements * (left.shape[-1] if left is not None else 1)
     if op.name == "conv_general_dilated":
-        return CONVOLUTION, 2 * op.outs[0].num_elements * _taps(op)
+        return CONVOLUTION, 2 * _taps(op)
     if op.name in UNARY or op.name in BINARY:
         return ELEMENTWISE, op.outs[0].num_elements
     if op.name in READING:
@@ -42,11 +49,26 @@ def _contracted(op: Op) -> int:
 
 
 def _taps(op: Op) -> int:
-    """Multiplications for one element of a convolution's result: the kernel's elements for one output channel."""
-    numbers, kernel = op.params["dimension_numbers"], op.ins[1]
-    if kernel is None:
-        return 1
-    return kernel.num_elements // kernel.shape[numbers.rhs_spec[0]]
+    """The multiplications of a convolution."""
+    (array, kernel), out, params = op.ins[:2], op.outs[0], op.params
+    if array is None or kernel is None:
+        return 0
+    from_dims, kernel_dims, to_dims = params["dimension_numbers"]
+    along = (
+        _meetings(array.shape[i], kernel.shape[k], out.shape[o], stride, padding[0], holes, kernel_holes)
+        for i, k, o, stride, padding, holes, kernel_holes in zip(
+            from_dims[2:], kernel_dims[2:], to_dims[2:],
+            params["window_strides"], params["padding"], params["lhs_dilation"], params["rhs_dilation"], strict=True,
+        )
+    )  # fmt: skip
+    return out.shape[to_dims[0]] * out.shape[to_dims[1]] * kernel.shape[kernel_dims[1]] * math.prod(along)
+
+
+@functools.lru_cache(maxsize=1024)
+def _meetings(size: int, taps: int, results: int, stride: int, before: int, holes: int, kernel_holes: int) -> int:
+    """How often, along one dim, a tap meets an element rather than padding or a hole between elements."""
+    place = np.arange(results)[:, None] * stride + np.arange(taps) * kernel_holes - before
+    return int(np.sum((place >= 0) & (place <= (size - 1) * holes) & (place % holes == 0)))
 
 
 @dataclass(frozen=True)

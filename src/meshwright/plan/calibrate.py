@@ -1,0 +1,188 @@
+"""Calibrate: measure the machine that is here, as a profile that ``plan.time`` accepts.
+
+    profile = mw.calibrate(path="here.toml")
+    mw.plan(step, state, batch).on(profile)
+
+What is measured: products of square matrices of several sizes, an elementwise pass over memory, the least that any
+operation takes, and for each kind of collective and each size of a group its latency (alpha) and the bytes a second
+that a device sends. All devices work at once, each group of an axis beside the others, as they do in a program: virtual
+devices share cores, and real ones share links. Each measurement runs in a loop inside one compiled program, so that
+the cost of starting a program is not counted; the median of several runs is taken.
+"""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .. import collectives
+from ..errors import fail
+from ..mesh import Mesh
+from ..scope import Axes
+from .hardware import Achieved, Hardware, Rate
+from .traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, KINDS, PERMUTE, REDUCE_SCATTER
+
+MATMUL_SIZES = (64, 128, 256, 512, 1024)
+"""Of accelerators' products, four times as much."""
+PAYLOADS = (4 * 1024, 256 * 1024, 4 * 1024 * 1024)
+"""Bytes of the buffers that collectives are measured with."""
+PASS_BYTES, CACHED_BYTES = 32 * 1024 * 1024, 256 * 1024
+"""Of an elementwise pass that reaches memory, and of one that stays in a cache."""
+NUM_RUNS = 5
+TURN_SECONDS = 0.05
+"""About how long one run of a measurement takes."""
+
+Body = Callable[[jax.Array], jax.Array]
+
+
+def calibrate(mesh: Mesh | None = None, path: str | Path | None = None) -> Hardware:
+    """Measure the devices of a mesh, or all that there are.
+
+    Args:
+        mesh: its axes are measured, each by its name; None: groups of every size that divides the number of devices.
+        path: where to write the profile, ``"here.toml"``; None: nowhere.
+
+    Returns:
+        The profile, for ``plan.on`` and ``plan.time``.
+
+    Raises:
+        ValueError: the mesh is only described.
+    """
+    if mesh is not None and mesh.described:
+        raise fail("calibrate: the mesh is only described: there is nothing to measure. Use a mesh of present devices.")
+    devices = list(mesh.devices) if mesh is not None else jax.devices()
+    first, everyone = devices[0], Mesh({"devices": len(devices)}, devices)
+    wide = first.platform != "cpu"
+    dtype: Any = jnp.bfloat16 if wide else jnp.float32
+    rates = {size * (4 if wide else 1): _matmul(everyone, size * (4 if wide else 1), dtype) for size in MATMUL_SIZES}
+    launch = _seconds(everyone, lambda x: x @ x, jnp.zeros((8, 8), dtype))
+    known = Hardware.of_kind(first.device_kind)
+    peak = max(rates.values())
+    profile = Hardware(
+        name="measured",
+        title=f"{len(devices)} x {first.device_kind}, measured",
+        platform=first.platform,
+        peak_flops=peak,
+        hbm_bytes=known.hbm_bytes if known is not None else 0,
+        hbm_bytes_per_second=_bandwidth(everyone, PASS_BYTES),
+        cache_bytes=math.isqrt(4 * PASS_BYTES * CACHED_BYTES),
+        cache_bytes_per_second=_bandwidth(everyone, CACHED_BYTES),
+        elementwise_flops=_elementwise(everyone),
+        network="measured",
+        matmul=tuple(Rate(size=size, fraction=rate / peak) for size, rate in rates.items()),
+        tile=1,
+        achieved=tuple(_collectives(mesh, devices)),
+        launch_seconds=launch,
+        overlap=wide,
+    )
+    if path is not None:
+        Path(path).write_text(profile.toml())
+    return profile
+
+
+def _matmul(mesh: Mesh, size: int, dtype: Any) -> float:
+    """Operations a second on each device."""
+    seconds = _seconds(mesh, lambda x: x @ x, jnp.zeros((size, size), dtype))
+    return 2 * size**3 / seconds
+
+
+def _bandwidth(mesh: Mesh, num_bytes: int) -> float:
+    """Bytes a second that each device reads and writes in an elementwise pass."""
+    x = jnp.zeros(num_bytes // 4, jnp.float32)
+    return 2 * num_bytes / _seconds(mesh, lambda x: jnp.maximum(x * 0.5, x + 0.25), x)
+
+
+def _elementwise(mesh: Mesh) -> float:
+    """Elementwise operations a second on each device, one in four of them an exponential."""
+    x = jnp.zeros(CACHED_BYTES // 4, jnp.float32)
+    return 4 * x.size / _seconds(mesh, lambda x: jnp.exp(x * -0.5) * 0.5 + x, x)
+
+
+def _collectives(mesh: Mesh | None, devices: Sequence[Any]) -> Iterator[Achieved]:
+    if mesh is not None:
+        groups = [(mesh, axis, axis) for axis, size in mesh.axes.items() if size > 1]
+    else:
+        num = len(devices)
+        sizes = [n for n in range(2, num + 1) if num % n == 0]
+        groups = [(Mesh({"others": num // n, "group": n}, devices), "group", "") for n in sizes]
+    for on, axis, name in groups:
+        for kind in KINDS:
+            alpha, rate = _fit(kind, on, axis)
+            yield Achieved(kind=kind, group_size=on.axes[axis], alpha_seconds=alpha, bytes_per_second=rate, axis=name)
+
+
+def _fit(kind: str, mesh: Mesh, axis: str) -> tuple[float, float]:
+    """Alpha and the rate of one kind: the line of least relative error through the measurements."""
+    n = mesh.axes[axis]
+    points = []
+    for payload in PAYLOADS:
+        given = payload // n if kind == ALL_GATHER else payload
+        body = functools.partial(_collective, kind, (axis,), n)
+        seconds = _seconds(mesh, body, jnp.zeros(given // 4, jnp.float32))
+        shares = {ALL_REDUCE: 2 * (n - 1) / n, PERMUTE: 1.0}
+        points.append((payload * shares.get(kind, (n - 1) / n), seconds))
+    return line(points)
+
+
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """From (bytes, seconds) to alpha and bytes a second: seconds = alpha + bytes / rate, the relative errors' least
+    squares; both are positive."""
+    sent, seconds = (np.array(column, float) for column in zip(*points, strict=True))
+    columns = np.stack([1 / seconds, sent / seconds], axis=1)
+    alpha, slope = np.linalg.lstsq(columns, np.ones(len(seconds)), rcond=None)[0]
+    if alpha < 0:
+        alpha, slope = 0.0, float(np.sum(sent / seconds) / np.sum((sent / seconds) ** 2))
+    if slope <= 0:
+        alpha, slope = float(np.median(seconds)), 0.0
+    return float(alpha), 1 / float(slope) if slope > 0 else 1e15
+
+
+def _collective(kind: str, axes: Axes, n: int, x: jax.Array) -> jax.Array:
+    """One collective on a slice; what comes out is handed on as one number, so that the next turn waits for it."""
+    if kind == ALL_REDUCE:
+        y = collectives.all_sum(x, axes)
+    elif kind == ALL_GATHER:
+        y = collectives.gather(x, axes, 0)
+    elif kind == REDUCE_SCATTER:
+        y = collectives.sum_scatter(x, axes, 0)
+    elif kind == ALL_TO_ALL:
+        y = collectives.exchange(x, axes, 0, 0)
+    else:
+        y = collectives.permute(x, axes, [(i, (i + 1) % n) for i in range(n)])
+    return x.at[0].set(y[-1])
+
+
+def _seconds(mesh: Mesh, body: Body, x: jax.Array) -> float:
+    """How long one turn of ``body`` takes on every device at once."""
+    axes = tuple(mesh.axes)
+    sharding = NamedSharding(mesh.jax_mesh, PartitionSpec(axes))
+    given = jax.device_put(jnp.zeros((mesh.size * x.shape[0], *x.shape[1:]), x.dtype), sharding)
+    once = _run(mesh, body, given, 1)
+    turns = max(4, min(200, math.ceil(TURN_SECONDS / max(once, 1e-6))))
+    return _run(mesh, body, given, turns) / turns
+
+
+def _run(mesh: Mesh, body: Body, given: jax.Array, turns: int) -> float:
+    """The median time of a program that runs ``body`` so many times."""
+    spec = PartitionSpec(tuple(mesh.axes))
+
+    def program(x: jax.Array) -> jax.Array:
+        every = frozenset(mesh.axes)
+        return jax.lax.fori_loop(0, turns, lambda _, x: collectives.vary(body(x), every), collectives.vary(x, every))
+
+    compiled = jax.jit(jax.shard_map(program, mesh=mesh.jax_mesh, in_specs=spec, out_specs=spec))
+    jax.block_until_ready(compiled(given))
+    taken = []
+    for _ in range(NUM_RUNS):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(given))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)

@@ -1,0 +1,212 @@
+"""Summary: a plan as plain data, which the report, the JSON and the comparison all show.
+
+Everything is of one device in one call. What needs a machine is None without one.
+"""
+
+import dataclasses
+import json
+import linecache
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .network import Machine
+from .time import COMPUTE, HBM, Times
+from .traffic import Collective
+from .warnings import PlanWarning
+from .work import Flops, Work
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The collectives of one kind over the same axes."""
+
+    axes: str
+    """``data``, ``pod x data``."""
+    kind: str
+    runs: int
+    """How many run in one call."""
+    payload_bytes: int
+    sent_bytes: int
+    seconds: float | None
+    sure: bool
+    """False when some run in a loop of unknown length, or in a branch."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one line of the user's costs, in every direction."""
+
+    file: str
+    line: int
+    code: str
+    flops: int
+    sent_bytes: int
+    seconds: Mapping[str, float] | None
+    """By ``compute``, ``HBM`` and the axes; of collectives, what no computation hides."""
+
+    @property
+    def place(self) -> str:
+        """``model.py:12``; "elsewhere" for what no line is known of."""
+        return f"{self.file.rpartition('/')[2]}:{self.line}" if self.file else "elsewhere"
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values()) if self.seconds is not None else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A plan as data."""
+
+    name: str
+    """The function's."""
+    mesh: Mapping[str, int]
+    machine: str | None
+    """What it runs on: ``TPU v5p``."""
+    paths: Mapping[str, str]
+    """What each axis crosses."""
+    seconds: float | None
+    compute_seconds: float | None
+    hbm_seconds: float | None
+    exposed_seconds: float | None
+    """While only collectives run."""
+    axis_seconds: Mapping[str, float]
+    """How long the network of each axis is busy."""
+    axis_exposed_seconds: Mapping[str, float]
+    """How much of it no computation hides."""
+    bottleneck: str | None
+    mfu: float | None
+    hfu: float | None
+    flops: Mapping[str, int]
+    """``total``, ``useful``, ``recomputed``, ``duplicated``, and by kind."""
+    traffic: tuple[Traffic, ...]
+    held_bytes: Mapping[str, int]
+    """What a device holds at the program's peak, by kind."""
+    peak_bytes: int
+    exact_memory: bool
+    """False when only the arguments were counted."""
+    available_bytes: int | None
+    lines: tuple[Line, ...]
+    """The most expensive first."""
+    warnings: tuple[PlanWarning, ...]
+    unverified: tuple[str, ...]
+    """Figures of the machine that were assumed, or could not be checked."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """What a device puts on the wire."""
+        return sum(t.sent_bytes for t in self.traffic)
+
+    def json(self) -> str:
+        """The summary as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=1, default=dict)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a device holds."""
+
+    by_kind: Mapping[str, int]
+    peak_bytes: int
+    exact: bool
+
+
+def summary(
+    name: str,
+    sizes: Mapping[str, int],
+    machine: Machine | None,
+    times: Times | None,
+    flops: Flops,
+    rows: Sequence[Collective],
+    held: Held,
+    warnings: tuple[PlanWarning, ...],
+) -> Summary:
+    """The summary of a plan's parts."""
+    hardware = machine.hardware if machine is not None else None
+    work = {
+        kind: getattr(flops, kind)
+        for kind in ("total", "useful", "recomputed", "duplicated", "matmul", "convolution", "elementwise")
+    }
+    return Summary(
+        name=name,
+        mesh=dict(sizes),
+        machine=hardware.title if hardware is not None else None,
+        paths=_paths(sizes, rows, machine),
+        seconds=times.seconds if times else None,
+        compute_seconds=times.compute_seconds if times else None,
+        hbm_seconds=times.hbm_seconds if times else None,
+        exposed_seconds=times.exposed_seconds if times else None,
+        axis_seconds={axis.axes: axis.seconds for axis in times.axes} if times else {},
+        axis_exposed_seconds={axis.axes: axis.exposed_seconds for axis in times.axes} if times else {},
+        bottleneck=times.bottleneck if times else None,
+        mfu=times.mfu if times else None,
+        hfu=times.hfu if times else None,
+        flops=work,
+        traffic=_traffic(rows, machine),
+        held_bytes=dict(held.by_kind),
+        peak_bytes=held.peak_bytes,
+        exact_memory=held.exact,
+        available_bytes=hardware.memory_bytes or None if hardware is not None else None,
+        lines=_lines(flops.works, rows, times),
+        warnings=warnings,
+        unverified=tuple(dict.fromkeys((*hardware.unchecked, *hardware.assumed))) if hardware is not None else (),
+    )
+
+
+def _paths(sizes: Mapping[str, int], rows: Sequence[Collective], machine: Machine | None) -> dict[str, str]:
+    """What each axis crosses, and each group of axes that speak as one."""
+    groups = dict.fromkeys([*((axis,) for axis in sizes), *(row.axes for row in rows)])
+    return {" x ".join(axes): str(machine.path(axes)) for axes in groups} if machine is not None else {}
+
+
+def _traffic(rows: Sequence[Collective], machine: Machine | None) -> tuple[Traffic, ...]:
+    groups: dict[tuple[str, str], list[Collective]] = defaultdict(list)
+    for row in rows:
+        groups[" x ".join(row.axes), row.kind].append(row)
+    found = (
+        Traffic(
+            axes,
+            kind,
+            sum(r.times for r in same),
+            sum(r.total_payload_bytes for r in same),
+            sum(r.total_sent_bytes for r in same),
+            sum(machine.seconds(r) * r.times for r in same) if machine is not None else None,
+            all(r.sure for r in same),
+        )
+        for (axes, kind), same in groups.items()
+    )
+    return tuple(sorted(found, key=lambda t: (-(t.seconds or 0.0), -t.sent_bytes)))
+
+
+def _lines(works: Sequence[Work], rows: Sequence[Collective], times: Times | None) -> tuple[Line, ...]:
+    flops: dict[tuple[str, int], int] = defaultdict(int)
+    sent: dict[tuple[str, int], int] = defaultdict(int)
+    for work in works:
+        flops[work.origin.file, work.origin.line] += work.flops
+    for row in rows:
+        sent[row.origin.file, row.origin.line] += row.total_sent_bytes
+    seconds = times.lines() if times is not None else {}
+    places = dict.fromkeys((*flops, *sent, *seconds))
+    most = max(flops.values(), default=0) or 1, max(sent.values(), default=0) or 1
+
+    def cost(line: Line) -> tuple[float, float]:
+        return line.total_seconds, line.flops / most[0] + line.sent_bytes / most[1]
+
+    lines = (
+        Line(
+            file,
+            number,
+            linecache.getline(file, number).strip() if file else "",
+            flops[file, number],
+            sent[file, number],
+            _ordered(seconds.get((file, number), {})) if times is not None else None,
+        )
+        for file, number in places
+    )
+    return tuple(sorted(lines, key=cost, reverse=True))
+
+
+def _ordered(parts: Mapping[str, float]) -> dict[str, float]:
+    first = [name for name in (COMPUTE, HBM) if name in parts]
+    return {name: parts[name] for name in (*first, *(n for n in parts if n not in first)) if parts[name] > 0}

@@ -1,0 +1,83 @@
+"""The plan as a page, as JSON and side by side: the figures are those of the plan."""
+
+import io
+import json
+
+from rich.console import Console
+
+import meshwright as mw
+from meshwright.plan import Plan
+
+from .test_plan_warnings import LAYER, feed_forward
+
+MESH = mw.Mesh("data=4, model=2", topology="tpu:v5p:2x2x2")
+DATA = mw.Layout("batch:data")
+MIXED = mw.Layout("batch:data, ff:model", params="embed:data")
+
+
+def plan_of(layout: mw.Layout) -> Plan:
+    return mw.plan(mw.spmd(feed_forward, MESH, layout), *mw.shard(LAYER, MESH, layout))
+
+
+def test_the_page_has_the_figures_of_the_plan() -> None:
+    plan = plan_of(MIXED).on(MESH)
+    text = str(plan)
+    assert text.startswith("Plan of feed_forward on TPU v5p, 8 devices: data=4, model=2")
+    assert max(map(len, text.splitlines())) <= 100
+    for kind in {row.kind for row in plan.collectives}:
+        assert kind in text
+    times = plan.time()
+    assert f"{times.seconds * 1e6:.1f} µs" in text
+    assert f"MFU {times.mfu:.0%}, HFU {times.hfu:.0%}" in text
+    # The line that costs most is one of the two products, with its code.
+    assert "test_plan_warnings.py" in text
+    assert "mw.dot(" in text
+    for warning in plan.warnings:
+        assert warning.place in text
+        assert warning.remedy.split()[0] in text
+
+
+def test_bars_are_told_apart_without_colours_and_coloured_with() -> None:
+    plan = plan_of(MIXED).on(MESH)
+    bar = next(line for line in str(plan).splitlines() if line.startswith("time"))
+    assert {"█", "#"} <= set(bar)
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="256")
+    with console.capture() as captured:
+        console.print(plan)
+    bar = next(line for line in captured.get().splitlines() if "time" in line)
+    assert "█" in bar
+    assert "#" not in bar
+    assert "\x1b[38;5;" in bar
+
+
+def test_without_a_machine_times_are_not_available() -> None:
+    text = str(plan_of(MIXED))
+    assert "N/A" in text
+    assert "MFLOP" in text or "GFLOP" in text
+    assert " ms" not in text
+
+
+def test_json_is_the_plan() -> None:
+    plan = plan_of(MIXED).on(MESH)
+    data = json.loads(plan.to_json())
+    times = plan.time()
+    assert data["mesh"] == {"data": 4, "model": 2}
+    assert data["seconds"] == times.seconds
+    assert data["axis_seconds"] == {axis.axes: axis.seconds for axis in times.axes}
+    assert data["flops"]["total"] == plan.flops.total
+    assert sum(t["sent_bytes"] for t in data["traffic"]) == sum(row.total_sent_bytes for row in plan.collectives)
+    assert sum(line["sent_bytes"] for line in data["lines"]) == sum(row.total_sent_bytes for row in plan.collectives)
+    assert sum(line["flops"] for line in data["lines"]) == plan.flops.total
+    assert [w["kind"] for w in data["warnings"]] == [w.kind for w in plan.warnings]
+    assert json.loads(plan_of(MIXED).to_json())["seconds"] is None
+
+
+def test_two_plans_side_by_side() -> None:
+    one, other = plan_of(DATA).on(MESH), plan_of(MIXED).on(MESH)
+    text = str(one.compare(other, names=("data", "mixed")))
+    rows = {line.split("  ")[0].strip(): line for line in text.splitlines()}
+    ratio = other.time().seconds / one.time().seconds
+    assert rows["time"].endswith(f" {ratio:.2f}")
+    assert rows["work"].endswith(" 0.50")
+    assert rows["sent"].split()[1:3] == ["0", "B"]
+    assert "recomputed" not in text
