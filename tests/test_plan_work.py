@@ -4,6 +4,7 @@ The transformer's are those of the usual formula: two for each parameter of a ma
 products of the heads with each other; the backward pass does twice that.
 """
 
+import collections
 import dataclasses
 import math
 from typing import Any
@@ -69,7 +70,7 @@ def test_the_forward_pass(mesh: str, layout: str, options: dict[str, Any], parts
 def test_the_backward_pass_is_twice_the_forward(mesh: str, layout: str, options: dict[str, Any], parts: int) -> None:
     flops = _decoder(mesh, layout, options, gradient=True).flops
     assert flops.matmul == 3 * FORWARD // parts
-    by_direction = dict.fromkeys(("forward", "backward"), 0)
+    by_direction: collections.Counter[str] = collections.Counter()
     for work in flops.works:
         if work.kind == "matmul":
             by_direction[str(work.origin.direction)] += work.flops

@@ -146,9 +146,10 @@ def _gathered(asked: str, x: Any, ids_by_name: dict[str, Ids]) -> Any:
 def _looked_up(array: Any, columns: list[Any], meeting: Meeting, split: Axes) -> Any:
     """The entries at positions in the whole tensor, of which this device holds a slice."""
     shape = jnp.broadcast_shapes(*(c.shape for c in columns))
-    columns = [jnp.broadcast_to(c, shape) for c in columns]
+    columns = [c if c.shape == shape else jnp.broadcast_to(c, shape) for c in columns]
     indexed = [find(meeting.whole, name, "gather") for name in meeting.names]
-    positions = jnp.stack([c - first_held(d, "gather") for c, d in zip(columns, indexed, strict=True)], -1)
+    here = [lax.expand_dims(c - first_held(d, "gather"), [c.ndim]) for c, d in zip(columns, indexed, strict=True)]
+    positions = lax.concatenate(here, here[0].ndim - 1) if len(here) > 1 else here[0]
     missing = _missing(array.dtype)
     if not split:
         return meeting.read(array, positions, missing)
