@@ -202,8 +202,11 @@ def programs(draw: st.DrawFn, most_steps: int = 8) -> Program:
 
 
 def _rest_divides(p: Program, rule: str) -> bool:
-    """Whether a rule at rest for a dim can be kept wherever that dim stands: Meshwright refuses the others."""
+    """Whether a rule at rest for a dim can be kept wherever that dim stands, and it stands somewhere: Meshwright refuses
+    the others, or warns."""
     name, _, axis = rule.partition(":")
+    if axis and not any(n == name for shape in p.values.values() for n, _ in shape):
+        return False
     num = math.prod(p.sizes[a] for a in {*p.splits.get(name, ()), axis}) if axis else 1
     return all(s % num == 0 for shape in p.values.values() for n, s in shape if n == name)
 

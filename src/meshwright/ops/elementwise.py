@@ -53,6 +53,7 @@ def lift(function: Callable[..., Any], name: str | None = None, linear: bool = F
 
 
 def _elementwise(asked: str, function: Callable[..., Any], operands: Sequence[Any], linear: bool) -> Any:
+    operands = _at_one_home(operands)
     tensors = [x for x in operands if isinstance(x, Tensor)]
     if not tensors:
         return function(*operands)
@@ -77,6 +78,19 @@ def _elementwise(asked: str, function: Callable[..., Any], operands: Sequence[An
     copies = copied(tensors, want)
     result = run(on_arrays, tensors, want.union(copies))
     return make(result, out, asked=asked, role=role, copies=copies)
+
+
+def _at_one_home(operands: Sequence[Any]) -> Sequence[Any]:
+    """Where parameters at rest meet some that were gathered once a step from the same rest, these as they rest too:
+    what comes of them lies as its operands do."""
+    tensors = [x for x in operands if isinstance(x, Tensor)]
+    homes = {x.home if x.copies else x.rest for x in tensors}
+    if None in homes or len(homes) != 1 or not any(x.copies for x in tensors) or all(x.copies for x in tensors):
+        return operands
+    return [
+        make(x.at_home(), x.dims, role=x.role, rest=x.home) if isinstance(x, Tensor) and x.copies else x
+        for x in operands
+    ]
 
 
 def _held_alike(tensors: Sequence[Tensor], on_sums: bool) -> bool:
