@@ -202,8 +202,8 @@ def programs(draw: st.DrawFn, most_steps: int = 8) -> Program:
 
 
 def _rest_divides(p: Program, rule: str) -> bool:
-    """Whether a rule at rest for a dim can be kept wherever that dim stands, and it stands somewhere: Meshwright refuses
-    the others, or warns."""
+    """Whether a rule at rest for a dim can be kept wherever that dim stands, and it stands somewhere: Meshwright
+    refuses the others, or warns."""
     name, _, axis = rule.partition(":")
     if axis and not any(n == name for shape in p.values.values() for n, _ in shape):
         return False
