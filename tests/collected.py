@@ -9,7 +9,6 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,10 +59,8 @@ def _calls(test: Any) -> Iterator[dict[str, Any]]:
     """The arguments of a test, from its marks."""
     given = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
     tables = [[_named(names, value) for value in values] for names, values in given]
-    wanted = inspect.signature(test).parameters
-    extra = {"request": SimpleNamespace(applymarker=lambda mark: None)} if "request" in wanted else {}
     for chosen in itertools.product(*tables):
-        yield {name: value for part in (extra, *chosen) for name, value in part.items()}
+        yield {name: value for part in chosen for name, value in part.items()}
 
 
 def _named(names: str | Sequence[str], value: Any) -> dict[str, Any]:

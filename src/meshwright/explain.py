@@ -30,7 +30,7 @@ from .errors import nearest
 from .mesh import Mesh
 from .notation import check_known
 from .scope import Axes, Split
-from .tensor import Role, Tensor
+from .tensor import Role, Tensor, is_tensor
 from .tiles import Tiles
 
 WIDTH = 100
@@ -155,7 +155,7 @@ def explain(
     tree: Any, mesh: Mesh, place: Place, layout: str, role: Role | None, at_rest: Mapping[Role, Sequence[str]]
 ) -> Explanation:
     """The explanation of a tree: see ``Layout.explain``. ``at_rest``: for a role the dims that it has rules for."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Tensor))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tensor)
     found = (_held(path_text(path), x, mesh, place, role) for path, x in leaves)
     tensors = tuple(held for held in found if held is not None)
     return Explanation(tensors, mesh, layout, tuple(_unmet(tensors, at_rest)))

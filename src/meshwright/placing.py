@@ -27,7 +27,7 @@ from .explain import path_text
 from .layout import Layout
 from .mesh import Mesh
 from .scope import Scope, Split, current
-from .tensor import Role, Tensor
+from .tensor import Role, Tensor, is_tensor
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
@@ -55,7 +55,7 @@ def shard(tree: Any, mesh: Mesh | str, layout: Layout | str, role: Role | None =
         raise fail("shard: inside a region tensors are placed by their names already. Call mw.shard outside mw.spmd.")
     mesh = mesh if isinstance(mesh, Mesh) else Mesh(mesh)
     layout = layout if isinstance(layout, Layout) else Layout(layout)
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_tensor)
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tensor)
     scope = layout.scope(mesh)
     splits = [_split_of(x, scope, layout, role, path_text(path)) for path, x in paths]
     leaves = [_leaf_placed(x, mesh, split) for (_, x), split in zip(paths, splits, strict=True)]
@@ -75,7 +75,7 @@ def unshard(tree: Any) -> Any:
     Raises:
         ValueError: the tree holds traced values, which have no place to be taken from.
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_tensor)
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tensor)
     for path, x in paths:
         if isinstance(x.raw if isinstance(x, Tensor) else x, Tracer):
             what = path_text(path) or "the tensor"
@@ -84,10 +84,6 @@ def unshard(tree: Any) -> Any:
                 "the compiled function returns."
             )
     return jax.tree.unflatten(structure, [jax.tree.map(_whole, x) for _, x in paths])
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
 
 
 def _split_of(x: Any, scope: Scope, layout: Layout, role: Role | None, path: str) -> Split:

@@ -30,7 +30,7 @@ from .held import gathered
 from .layout import Layout
 from .mesh import Mesh
 from .scope import Scope, Split, current, entered
-from .tensor import ACTIVATION, PARAMETER, Role, Tensor, check_home, check_names, make
+from .tensor import ACTIVATION, PARAMETER, Role, Tensor, check_home, check_names, is_tensor, make
 
 PARTITIONERS = ("names", "xla")
 
@@ -54,8 +54,8 @@ def spmd(
         ``jax.checkpoint`` and ``jax.lax.scan``; called by itself it is compiled.
 
     Raises:
-        ValueError: the layout names an axis that the mesh lacks; when called, a dim cannot be split as asked, an output
-            differs between devices.
+        ValueError: the layout names an axis that the mesh lacks; when called, a dim cannot be split as asked, or an
+            output differs between devices.
         TypeError: ``fn`` is not a function; when called, an argument can be neither traced nor static, or an output is
             no tensor, array or number.
     """
@@ -116,7 +116,7 @@ class Region:
         if current() is not None:
             raise fail("spmd: a region inside a region. One region covers its whole function: call that directly.")
         self._check_present()
-        paths, tree = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=_is_tensor)
+        paths, tree = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_tensor)
         inlets, arrays = [], []
         for path, x in paths:
             inlet = self._inlet(x, f"spmd: argument {_where(path)}")
@@ -163,7 +163,7 @@ class Region:
 
         def body(*slices: Any) -> Any:
             with entered(self.scope):
-                leaves, tree = jax.tree.flatten(self._call(inlets, slices), is_leaf=_is_tensor)
+                leaves, tree = jax.tree.flatten(self._call(inlets, slices), is_leaf=is_tensor)
                 left = [self._leave(x) for x in leaves]
             outlets[:] = [tree, [(x.dims, x.role) if isinstance(x, Tensor) else None for x in leaves]]
             out_specs[:] = [spec for _, spec in left]
@@ -227,7 +227,7 @@ class Region:
         pairs = zip(described, arrays, strict=True)
         held = [self._constrained(x, i.dims, i.rest) if i.dims else x for i, x in pairs]
         with entered(self.scope):
-            leaves, tree = jax.tree.flatten(self._call(inlets, held), is_leaf=_is_tensor)
+            leaves, tree = jax.tree.flatten(self._call(inlets, held), is_leaf=is_tensor)
             return jax.tree.unflatten(tree, [self._leave_constrained(x) for x in leaves])
 
     def _leave_constrained(self, x: Any) -> Any:
@@ -271,10 +271,6 @@ def _check_output(x: Any) -> None:
             f"spmd: an output is a {type(x).__name__}. A region returns tensors, arrays and numbers; what is known "
             "before it runs need not go through it."
         )
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
 
 
 def _where(path: Any) -> str:

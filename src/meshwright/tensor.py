@@ -175,9 +175,11 @@ class Tensor:
 
     def summed(self) -> Any:
         """What is held, its pending sum taken."""
-        plain = object.__new__(Tensor)
-        _set(plain, self._cell, self.dims, self.role, self.scope, None, self.partial)
-        return plain._kept(_NOTHING)
+        if not self.partial:
+            return self.raw
+        axes, dtype = self.partial, self.scope.sums if self.scope else None
+        take = self._cell.shared or (lambda: collectives.all_sum(self.raw, axes, dtype))
+        return self._cell.once(("sum", axes), take)
 
     @property
     def pending(self) -> Axes:
@@ -191,17 +193,12 @@ class Tensor:
 
     def _kept(self, want: frozenset[str]) -> Any:
         """The slice with its promises kept: first the sum, on what is held, then the gather, then one value."""
-        held, scope, used = self.raw, self.scope, _NOTHING
-        if self.partial:
-            axes, dtype = self.partial, scope.sums if scope else None
-            held = self._cell.once(
-                ("sum", axes), self._cell.shared or (lambda: collectives.all_sum(self.raw, axes, dtype))
-            )
+        held = summed = self.summed()
+        used = _NOTHING
         if self.rest is not None:
             used = frozenset(a for axes in self.rest for a in axes) & want
-            summed = held
             held = self._cell.once(
-                ("gather", self.partial, self.rest, used), lambda: gathered(summed, self.rest, used, scope)
+                ("gather", self.partial, self.rest, used), lambda: gathered(summed, self.rest, used, self.scope)
             )
         unwanted = tuple(a for a in self.copies if a not in want)
         if unwanted:
@@ -417,6 +414,11 @@ class Tensor:
         if isinstance(raw, Tracer) or not isinstance(raw, jax.Array | np.ndarray) or not _readable(raw):
             return head
         return f"{head}\n{np.array2string(np.asarray(raw), threshold=100, precision=5)}"
+
+
+def is_tensor(x: Any) -> bool:
+    """Whether ``x`` is a tensor: JAX's tree functions stop there, ``is_leaf=is_tensor``."""
+    return isinstance(x, Tensor)
 
 
 def _readable(array: Any) -> bool:

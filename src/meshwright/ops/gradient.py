@@ -15,7 +15,8 @@ import jax
 
 from ..errors import fail_type
 from ..scope import current, entered
-from .loop import Held, held_as, is_tensor
+from ..tensor import is_tensor
+from .packing import Held, held_as
 
 
 class custom_vjp:

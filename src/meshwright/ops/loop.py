@@ -9,91 +9,19 @@ stacks is sliced after.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import collectives
-from ..dims import Dim, Dims, find, names_of, show
+from ..dims import Dim, find, show
 from ..errors import fail, fail_type
-from ..held import slice_own
-from ..scope import Axes, Split, current_manual, mapped_axes
-from ..tensor import PARAMETER, Role, Tensor, check_home, make
+from ..scope import current_manual
+from ..tensor import PARAMETER, Tensor, check_home, is_tensor, make
 from .lowering import axes_of, is_scalar
+from .packing import Held, Packing, held_as
 from .transform import remat as rematerialised
-
-
-@dataclass(frozen=True)
-class Held:
-    """How a value goes round a loop: a tensor's dims and how a device holds it, or a plain array (dims None)."""
-
-    dims: Dims | None
-    role: Role = ""
-    rest: Split | None = None
-    copies: Axes = ()
-    home: Split | None = None
-
-    def unpack(self, x: Any, asked: str) -> Any:
-        """The array of ``x`` in this form; its type varies over all the axes that it can."""
-        if self.dims is None:
-            if isinstance(x, Tensor):
-                raise fail(f"{asked}: a tensor ({show(x.dims)}) where a plain array came in.")
-            return collectives.vary(jnp.asarray(x), mapped_axes()) if mapped_axes() else jnp.asarray(x)
-        if not isinstance(x, Tensor) or set(x.dims) != set(self.dims):
-            found = f"({show(x.dims)})" if isinstance(x, Tensor) else "a value without dims"
-            raise fail(f"{asked}: expected a tensor with the dims ({show(self.dims)}), found {found}.")
-        check_home(x, asked)
-        x = x.reorder(*names_of(self.dims))
-        scope = current_manual()
-        if scope is None:
-            return x.raw
-        as_it_is = (x.rest, x.copies, x.partial) == (self.rest, self.copies, ())
-        axes = {a for part in (scope.split(self.dims, asked), self.rest or ()) for axes in part for a in axes}
-        varying = frozenset(axes | set(self.copies)) | mapped_axes()
-        if as_it_is:
-            return collectives.vary(x.raw, varying)
-        whole = x.local(varying)
-        return collectives.vary(slice_own(whole, scope, self.rest) if self.rest else whole, varying)
-
-    def pack(self, array: Any, asked: str) -> Any:
-        if self.dims is None:
-            return array
-        return make(array, self.dims, asked=asked, role=self.role, rest=self.rest, copies=self.copies, home=self.home)
-
-
-def held_as(x: Any) -> Held:
-    """The form in which ``x`` goes round. A parameter stays at rest; other promises are kept first."""
-    if not isinstance(x, Tensor):
-        return Held(None)
-    if x.role == PARAMETER:
-        return Held(x.dims, x.role, x.rest, x.copies, x.home)
-    return Held(x.dims, x.role)
-
-
-def is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
-
-
-class Packing:
-    """A pytree of tensors as a list of arrays, and back."""
-
-    def __init__(self, tree: Any, asked: str) -> None:
-        paths, self.structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tensor)
-        self.held = [held_as(x) for _, x in paths]
-        self.where = [f"{asked}{jax.tree_util.keystr(path)}" for path, _ in paths]
-        self.asked = asked
-
-    def unpack(self, tree: Any) -> list[Any]:
-        leaves, structure = jax.tree.flatten(tree, is_leaf=is_tensor)
-        if structure != self.structure:
-            raise fail_type(f"{self.asked}: came back as {structure}, went in as {self.structure}.")
-        return [h.unpack(x, where) for h, x, where in zip(self.held, leaves, self.where, strict=True)]
-
-    def pack(self, arrays: Sequence[Any]) -> Any:
-        leaves = [h.pack(a, where) for h, a, where in zip(self.held, arrays, self.where, strict=True)]
-        return jax.tree.unflatten(self.structure, leaves)
 
 
 def scan(
@@ -212,10 +140,7 @@ def _leading(x: Any, d: Dim, where: str) -> tuple[Any, Held]:
         across = scope.axes_of(d.name) + (form.rest[at] if form.rest else ())
         if across:
             array = collectives.gather_equal(array, across, at)
-    rest, home = (split[:at] + split[at + 1 :] if split else None for split in (form.rest, form.home))
-    home = home if form.home and not form.home[at] else None
-    kept = x.dims[:at] + x.dims[at + 1 :]
-    return jnp.moveaxis(array, at, 0), Held(kept or None, form.role, rest, form.copies, home)
+    return jnp.moveaxis(array, at, 0), form.without(at)
 
 
 def _stacked(packing: Packing, arrays: Sequence[Any], d: Dim) -> Any:

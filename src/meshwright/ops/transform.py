@@ -17,9 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 from .. import collectives
 from ..dims import Dim, Dims, Names, as_dims, as_names, find, index_of, show, sizes_of, union, without
 from ..errors import fail, fail_type, nearest
-from ..scope import Split, current_manual, mapping
-from ..tensor import ACTIVATION, PARAMETER, Tensor, check_home, make
+from ..scope import current_manual, mapping
+from ..tensor import ACTIVATION, PARAMETER, Tensor, check_home, is_tensor, make
 from .lowering import align, check_operand, doing_again, run, split_of, wanted
+from .packing import held_as
 
 POLICIES: dict[str, Any] = {
     "nothing": None,
@@ -57,7 +58,7 @@ def remat(f: Callable[..., Any], save: Any = "nothing", *, in_loop: bool = False
             given = iter(arrays)
             values = jax.tree.unflatten(tree, [next(given) if d else x for d, x in zip(dynamic, leaves, strict=True)])
             for i, x in copies.items():
-                values[i] = make(values[i], x.dims, asked="remat", role=x.role, copies=x.copies, home=x.home)
+                values[i] = held_as(x).pack(values[i], "remat")
             all_args, all_kwargs = jax.tree.unflatten(structure, values)
             with context():
                 return f(*all_args, **all_kwargs)
@@ -120,7 +121,7 @@ def vmap(f: Callable[..., Any], dim: str | Dim) -> Callable[..., Any]:
 
     @functools.wraps(f)
     def mapped(*args: Any) -> Any:
-        leaves, tree = jax.tree.flatten(args, is_leaf=lambda x: isinstance(x, Tensor))
+        leaves, tree = jax.tree.flatten(args, is_leaf=is_tensor)
         d = dim if isinstance(dim, Dim) else _met(leaves, dim)
         axes = split_of((d,), "vmap")[0]
         taken = [_taken(x, d) for x in leaves]
@@ -129,9 +130,7 @@ def vmap(f: Callable[..., Any], dim: str | Dim) -> Callable[..., Any]:
         def on_arrays(*arrays: Any) -> Any:
             tensors = [pack(a) for (_, _, pack), a in zip(taken, arrays, strict=True)]
             with mapping(axes):
-                results, out_tree = jax.tree.flatten(
-                    f(*jax.tree.unflatten(tree, tensors)), is_leaf=lambda x: isinstance(x, Tensor)
-                )
+                results, out_tree = jax.tree.flatten(f(*jax.tree.unflatten(tree, tensors)), is_leaf=is_tensor)
                 out[:] = [out_tree, [(x.dims, x.role) if isinstance(x, Tensor) else ((), ACTIVATION) for x in results]]
                 return [
                     collectives.vary(x.array if isinstance(x, Tensor) else jnp.asarray(x), frozenset(axes))
@@ -160,24 +159,17 @@ def _taken(x: Any, d: Dim) -> tuple[Any, int | None, Callable[[Any], Any]]:
     if not isinstance(x, Tensor):
         return x, None, lambda a: a
     check_home(x, "vmap")
+    form = held_as(x)
     if d.name not in x.names:
-        array, rest, home = (x.raw, x.rest, x.home) if x.role == PARAMETER else (x.array, None, None)
-        return array, None, lambda a: _inside(x, a, x.dims, rest, home)
+        return x.raw if x.role == PARAMETER else x.array, None, lambda a: form.pack(a, "vmap")
     at = index_of(x.dims, d.name, "vmap")
     if x.dims[at] != d:
         raise fail(f"vmap: the dim {d.name!r} has size {x.dims[at].size} in ({show(x.dims)}), and {d.size} elsewhere.")
-    if x.role != PARAMETER or (x.rest is not None and x.rest[at]):
-        x = make(run(lambda a: a, [x], wanted("vmap", x.dims)), x.dims, asked="vmap") if x.rest is not None else x
-        return x.array, at, lambda a: make(a, without(x.dims, (d.name,)), asked="vmap", role=x.role)
-    rest, home = (split[:at] + split[at + 1 :] if split is not None else None for split in (x.rest, x.home))
-    return x.raw, at, lambda a: _inside(x, a, without(x.dims, (d.name,)), rest, home)
-
-
-def _inside(x: Tensor, array: Any, these: Dims, rest: Split | None, home: Split | None) -> Any:
-    """A parameter as the mapped function sees it: it stays as it lies."""
-    if x.role != PARAMETER:
-        return make(array, these, asked="vmap")
-    return make(array, these, asked="vmap", role=x.role, rest=rest, copies=x.copies, home=home)
+    if form.rest and form.rest[at]:
+        x = make(run(lambda a: a, [x], wanted("vmap", x.dims)), x.dims, asked="vmap")
+        form = held_as(x)
+    taken = form.without(at)
+    return x.raw if x.role == PARAMETER else x.array, at, lambda a: taken.pack(a, "vmap")
 
 
 def apply(f: Callable[..., Any], *tensors: Tensor, dims_in: Names | Sequence[Names], dims_out: Any) -> Any:

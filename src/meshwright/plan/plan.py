@@ -14,7 +14,7 @@ from ..devices import show_sizes
 from ..errors import fail, fail_type
 from ..explain import path_text
 from ..mesh import Mesh
-from ..tensor import PARAMETER, Tensor
+from ..tensor import PARAMETER, Tensor, is_tensor
 from ..topology import Topology
 from .hardware import Hardware
 from .lineage import Lineage
@@ -153,7 +153,7 @@ def plan(fn: Callable[..., Any], *args: Any) -> Plan:
         raise fail_type(f"plan: expected a function, found {type(fn).__name__}. Write mw.plan(step, state, batch).")
     compiled: Any = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
     traced = compiled.trace(*args)
-    paths, _ = jax.tree_util.tree_flatten_with_path(args, is_leaf=lambda x: isinstance(x, Tensor))
+    paths, _ = jax.tree_util.tree_flatten_with_path(args, is_leaf=is_tensor)
     leaves, about = [], []
     for path, x in paths:
         role, names = (x.role, x.names) if isinstance(x, Tensor) else ("", ())

@@ -21,7 +21,7 @@ from ..dims import show
 from ..errors import fail
 from ..explain import path_text
 from ..models import Decoder
-from ..tensor import Tensor
+from ..tensor import Tensor, is_tensor
 from .recipe import Recipe
 from .step import State
 from .tokenizer import Tokenizer
@@ -103,5 +103,5 @@ def like(tree: Any, arrays: dict[str, Any]) -> Any:
 
 def dims_by_path(tree: Any) -> dict[str, str]:
     """The dims of a tree's tensors by their place in it."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Tensor))
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tensor)
     return {path_text(path): show(x.dims) for path, x in paths if isinstance(x, Tensor)}

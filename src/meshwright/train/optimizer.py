@@ -14,7 +14,7 @@ import jax
 import optax
 
 from ..errors import fail
-from ..tensor import Tensor
+from ..tensor import Tensor, is_tensor
 
 STACKED = "layers"
 
@@ -90,7 +90,7 @@ def update(optimizer: optax.GradientTransformation, gradient: Any, state: Any, p
 
 def decayed(params: Any) -> Any:
     """For each tensor whether it is a matrix: the mask of weight decay."""
-    return jax.tree.map(is_matrix, params, is_leaf=lambda x: isinstance(x, Tensor))
+    return jax.tree.map(is_matrix, params, is_leaf=is_tensor)
 
 
 def is_matrix(x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from ..nn import cross_entropy
 from ..ops.reduce import mean
 from ..placing import shard
 from ..region import spmd
-from ..tensor import Tensor
+from ..tensor import is_tensor
 from .data import Batch
 from .optimizer import update
 
@@ -70,7 +70,7 @@ def model_maker(config: DecoderConfig, place: Place) -> Callable[[jax.Array], De
         return Decoder(config, key=key)
 
     shapes = jax.eval_shape(make, jax.random.key(0))
-    tensors = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, Tensor))
+    tensors = jax.tree.leaves(shapes, is_leaf=is_tensor)
     return place.for_dims({name for x in tensors for name in x.names}).region(make)
 
 
