@@ -76,6 +76,8 @@ class Hardware:
     """What products reach, the smallest size first; between two sizes, in proportion to the logarithm."""
     tile: int
     """The side of the matrix unit: a shorter dim of a product leaves a part of it idle."""
+    scratch_bytes: int = 0
+    """Memory on the chip that a compiler gives to temporaries (of a TPU, its VMEM); 0: none."""
     usable_bytes: int = 0
     """Memory that programs may use, where it is less; 0: all of it."""
     wraps: str = ""

@@ -14,14 +14,15 @@ from ..devices import show_sizes
 from ..errors import fail, fail_type
 from ..explain import path_text
 from ..mesh import Mesh
-from ..tensor import PARAMETER, Tensor, is_tensor
+from ..tensor import Tensor, is_tensor
 from ..topology import Topology
 from .hardware import Hardware
 from .lineage import Lineage
+from .memory import Memory, memory_of
 from .network import Machine, machine
 from .program import Program, read
 from .report import as_text, comparison, page
-from .summary import Held, Summary, summary
+from .summary import Summary, summary
 from .time import Times, times_of
 from .traffic import Collective, collectives_of
 from .warnings import Known, PlanWarning, warnings_of
@@ -57,6 +58,11 @@ class Plan:
         """The floating-point operations."""
         return flops_in(self.program)
 
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """What a device holds, and when: arguments, what is saved for the backward pass, temporaries."""
+        return memory_of(self.program, self.machine.hardware.scratch_bytes if self.machine is not None else 0)
+
     def time(self, hardware: "str | Hardware | Topology | Mesh | Machine | None" = None) -> Times:
         """How long a call takes, and what it waits for.
 
@@ -78,7 +84,7 @@ class Plan:
     @functools.cached_property
     def warnings(self) -> tuple[PlanWarning, ...]:
         """What is probably not as it should be, the most expensive first; without a machine, what needs none."""
-        known = Known.of(self.program, self._lineage, self.machine, self._held.peak_bytes)
+        known = Known.of(self.program, self._lineage, self.machine, self.memory.peak_bytes)
         return warnings_of(known)
 
     @functools.cached_property
@@ -86,7 +92,7 @@ class Plan:
         """Everything that the report shows, as data."""
         times = self._times if self.machine is not None else None
         sizes = self.program.sizes
-        return summary(self.name, sizes, self.machine, times, self.flops, self.collectives, self._held, self.warnings)
+        return summary(self.name, sizes, self.machine, times, self.flops, self.collectives, self.memory, self.warnings)
 
     def to_json(self) -> str:
         """The summary as JSON: times in seconds, sizes in bytes, of one device in one call."""
@@ -114,15 +120,6 @@ class Plan:
     def _times(self) -> Times:
         assert self.machine is not None
         return times_of(self.program, self.machine, self._lineage)
-
-    @functools.cached_property
-    def _held(self) -> Held:
-        """What a device holds: at least the arguments."""
-        by_kind = {"parameters and state": 0, "other arguments": 0}
-        for argument in self.program.arguments:
-            kind = "parameters and state" if argument.role == PARAMETER else "other arguments"
-            by_kind[kind] += argument.value.num_bytes
-        return Held(by_kind, sum(by_kind.values()), False)
 
 
 @dataclass(frozen=True)

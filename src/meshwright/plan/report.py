@@ -167,11 +167,10 @@ def _memory(summary: Summary, plain: bool) -> Iterator[RenderableType]:
     styles = styles if plain else _coloured(styles)
     of = f" of {show_bytes(there)}" if there else ""
     full = bool(there) and summary.peak_bytes > (there or 0)
-    least = "" if summary.exact_memory else "at least "
     yield Text.assemble(
         ("memory  ", "bold"),
         _bar({k: float(v) for k, v in parts.items()}, float(whole), styles),
-        (f"  {least}{show_bytes(summary.peak_bytes)}{of}", "bold red" if full else ""),
+        (f"  {show_bytes(summary.peak_bytes)}{of}", "bold red" if full else ""),
     )
     yield _key({kind: show_bytes(size) for kind, size in parts.items()}, styles)
 

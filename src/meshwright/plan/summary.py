@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .memory import Memory
 from .network import Machine
 from .time import COMPUTE, HBM, Times
 from .traffic import Collective
@@ -84,8 +85,6 @@ class Summary:
     held_bytes: Mapping[str, int]
     """What a device holds at the program's peak, by kind."""
     peak_bytes: int
-    exact_memory: bool
-    """False when only the arguments were counted."""
     available_bytes: int | None
     lines: tuple[Line, ...]
     """The most expensive first."""
@@ -103,15 +102,6 @@ class Summary:
         return json.dumps(dataclasses.asdict(self), indent=1, default=dict)
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a device holds."""
-
-    by_kind: Mapping[str, int]
-    peak_bytes: int
-    exact: bool
-
-
 def summary(
     name: str,
     sizes: Mapping[str, int],
@@ -119,7 +109,7 @@ def summary(
     times: Times | None,
     flops: Flops,
     rows: Sequence[Collective],
-    held: Held,
+    memory: Memory,
     warnings: tuple[PlanWarning, ...],
 ) -> Summary:
     """The summary of a plan's parts."""
@@ -144,9 +134,8 @@ def summary(
         hfu=times.hfu if times else None,
         flops=work,
         traffic=_traffic(rows, machine),
-        held_bytes=dict(held.by_kind),
-        peak_bytes=held.peak_bytes,
-        exact_memory=held.exact,
+        held_bytes=dict(memory.by_kind),
+        peak_bytes=memory.peak_bytes,
         available_bytes=hardware.memory_bytes or None if hardware is not None else None,
         lines=_lines(flops.works, rows, times),
         warnings=warnings,

@@ -28,8 +28,8 @@ _ENDS = -1
 
 
 @dataclass
-class _Passes:
-    """The passes of a block, as far as it has been read."""
+class Passes:
+    """The passes of a block: which elementwise operations run together."""
 
     whole: dict[int, Value | None] = field(default_factory=dict)
     """What each view is a view of."""
@@ -37,6 +37,8 @@ class _Passes:
     """Operations that are joined, by id: each points towards the one that names its pass."""
     maker: dict[int, int] = field(default_factory=dict)
     """The operation of a pass that made a value."""
+    readers: dict[int, set[int]] = field(default_factory=dict)
+    """For each value, by its id, the passes and operations that read it."""
 
     def source(self, value: Value | None) -> Value | None:
         return self.whole.get(id(value), value)
@@ -57,25 +59,32 @@ class _Passes:
         if op.name not in READING:
             self.maker.update((id(v), id(op)) for v in op.outs)
 
+    def keeps(self, op: Op, value: Value) -> bool:
+        """Whether a result of an operation stays within its pass: nothing else reads it."""
+        return id(value) in self.maker and not self.readers[id(value)] - {self.name(id(op))}
 
-def touched_bytes(block: Block) -> dict[int, int]:
-    """For each operation of a block, by its id, the bytes that one run moves; nothing of its loops' bodies."""
-    passes = _Passes()
+
+def passes_of(block: Block) -> Passes:
+    """The passes of a block; nothing of its loops' bodies."""
+    passes = Passes()
     for op in (node for node in block.nodes if isinstance(node, Op)):
         if op.name in VIEWS:
             source = passes.source(op.ins[0]) if op.ins else None
             passes.whole.update((id(v), source) for v in op.outs)
         elif op.name in _FUSED:
             passes.join(op)
-    readers = _readers(block, passes)
+    passes.readers = _readers(block, passes)
+    return passes
+
+
+def touched_bytes(block: Block) -> dict[int, int]:
+    """For each operation of a block, by its id, the bytes that one run moves; nothing of its loops' bodies."""
+    passes = passes_of(block)
     read: dict[int, set[int]] = defaultdict(set)
-    return {
-        id(op): _touched(op, passes, readers, read) for op in block.nodes if isinstance(op, Op) and op.name not in VIEWS
-    }
+    return {id(op): _touched(op, passes, read) for op in block.nodes if isinstance(op, Op) and op.name not in VIEWS}
 
 
-def _readers(block: Block, passes: _Passes) -> dict[int, set[int]]:
-    """For each value, by its id, the passes and operations that read it."""
+def _readers(block: Block, passes: Passes) -> dict[int, set[int]]:
     found: dict[int, set[int]] = defaultdict(set)
     for node in block.nodes:
         if isinstance(node, Op) and node.name in VIEWS:
@@ -93,7 +102,7 @@ def reads_of(node: Node) -> tuple[Value | None, ...]:
     return (*node.consts, *node.carry, *node.scanned) if isinstance(node, Loop) else node.ins
 
 
-def _touched(op: Op, passes: _Passes, readers: dict[int, set[int]], read: dict[int, set[int]]) -> int:
+def _touched(op: Op, passes: Passes, read: dict[int, set[int]]) -> int:
     if next(rows_of(op), None) is not None:
         return 0
     if op.name in _CUTS:
@@ -107,9 +116,9 @@ def _touched(op: Op, passes: _Passes, readers: dict[int, set[int]], read: dict[i
     mine = passes.name(id(op))
     new = [v for i, v in sources.items() if i not in read[mine] and not _made_in(v, mine, passes)]
     read[mine].update(map(id, new))
-    return sum(v.num_bytes for v in new) + sum(v.num_bytes for v in op.outs if readers[id(v)] - {mine})
+    return sum(v.num_bytes for v in new) + sum(v.num_bytes for v in op.outs if passes.readers[id(v)] - {mine})
 
 
-def _made_in(value: Value, mine: int, passes: _Passes) -> bool:
+def _made_in(value: Value, mine: int, passes: Passes) -> bool:
     maker = passes.maker.get(id(value))
     return maker is not None and passes.name(maker) == mine

@@ -1,0 +1,181 @@
+"""Memory: what a device holds while a program runs.
+
+    arguments + temporaries + outputs - aliases
+
+Arguments are their slices. An output that takes the place of a donated argument of its shape is an alias. Temporaries
+are the buffers of the program (``buffers.py``), packed as allocators do (``heap.py``). Nothing of it is measured: the
+order of a trace is not quite a compiler's, and ``plan.compile()`` has the compiler's own figures.
+
+Each byte has a kind, told from who makes it and who reads it: what the forward pass makes and the backward pass reads
+is a *saved activation*, what the backward pass makes and the update reads is a *gradient*.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..tensor import PARAMETER
+from .buffers import Buffer, Buffers
+from .heap import most_bytes, outside, packed
+from .origin import BACKWARD, FORWARD, RECOMPUTE, UPDATE, Origin
+from .program import Argument, Block, Program
+from .touched import reads_of
+
+KINDS: tuple[str, ...] = (
+    "parameters",
+    "optimizer state",
+    "other arguments",
+    "gradients",
+    "saved activations",
+    "temporaries",
+)
+PARAMETERS, OPTIMIZER, ARGUMENTS, GRADIENTS, SAVED, TEMPORARIES = KINDS
+MOST_MOMENTS = 400
+"""Of a timeline: between two, what changes least is left out."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a device holds while one operation runs."""
+
+    by_kind: Mapping[str, int]
+    origin: Origin
+    """The operation."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What one line of the program keeps for the backward pass."""
+
+    operation: str
+    """The named operation that makes it, or the loop that stacks it."""
+    dims: tuple[str, ...]
+    """The names of the tensor's dims, where they are known."""
+    num_bytes: int
+    """Of all its turns."""
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a device holds."""
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    """Of the outputs, what takes the place of donated arguments."""
+    temporary_bytes: int
+    """The memory in which the temporaries are packed."""
+    reported_temporary_bytes: int
+    """What TPUs' compiler calls temporaries: it adds the packed memory's fragmentation once more, and counts for it
+    neither what the turns of loops make nor, after a loop, its results."""
+    by_kind: Mapping[str, int]
+    """What is held when most is held."""
+    saved: tuple[Saved, ...]
+    """What is kept for the backward pass, the largest first."""
+    timeline: tuple[Moment, ...] = field(repr=False)
+    """In the program's order; one turn of each loop."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """What a device must have."""
+        return self.argument_bytes + self.temporary_bytes + self.output_bytes - self.alias_bytes
+
+
+def memory_of(program: Program, scratch_bytes: int = 0) -> Memory:
+    """The memory of a program on a device whose scratch memory holds ``scratch_bytes``."""
+    buffers = Buffers.of(program)
+    outputs, aliases, returned = _outputs(program, buffers)
+    temporaries = outside([b for b in buffers.found if id(b) not in returned], scratch_bytes)
+    heap = packed(temporaries)
+    counted = ((b.num_bytes, b.start, min(b.end, b.in_loop_until)) for b in temporaries if not b.in_turn)
+    arguments = _arguments(program)
+    timeline = _timeline(buffers.moments, temporaries, arguments)
+    highest = max(timeline, key=lambda moment: sum(moment.by_kind.values()), default=None)
+    return Memory(
+        argument_bytes=sum(a.value.num_bytes for a in program.arguments),
+        output_bytes=outputs,
+        alias_bytes=aliases,
+        temporary_bytes=heap,
+        reported_temporary_bytes=2 * heap - most_bytes(counted),
+        by_kind=highest.by_kind if highest is not None else arguments,
+        saved=_saved(temporaries),
+        timeline=_thinned(timeline),
+    )
+
+
+def _outputs(program: Program, buffers: Buffers) -> tuple[int, int, set[int]]:
+    """The bytes of the outputs, those of them that take donated arguments' places, and the buffers they lie in."""
+    donated = Counter((a.value.shape, a.value.dtype) for a in program.arguments if a.donated)
+    total, aliases, returned = 0, 0, set[int]()
+    for v in (v for v in program.block.outs if v is not None):
+        total += v.num_bytes
+        if donated[v.shape, v.dtype] > 0:
+            donated[v.shape, v.dtype] -= 1
+            aliases += v.num_bytes
+        returned.add(id(buffers.holding(v)))
+    return total, aliases, returned
+
+
+def _arguments(program: Program) -> dict[str, int]:
+    found: dict[str, int] = dict.fromkeys((PARAMETERS, OPTIMIZER, ARGUMENTS), 0)
+    used = _used_by_passes(program.block)
+    for argument in program.arguments:
+        found[_kind_of_argument(argument, used)] += argument.value.num_bytes
+    return found
+
+
+def _kind_of_argument(argument: Argument, used: set[int]) -> str:
+    """Tensors of the optimizer's state have the role of the parameters they were made from; only the update reads
+    them."""
+    if argument.role != PARAMETER:
+        return ARGUMENTS
+    return PARAMETERS if id(argument.value) in used else OPTIMIZER
+
+
+def _used_by_passes(block: Block) -> set[int]:
+    """The values that the forward and the backward pass read."""
+    found: set[int] = set()
+    for node in block.nodes:
+        if node.origin.direction != UPDATE:
+            found.update(id(v) for v in reads_of(node) if v is not None)
+    return found
+
+
+def _kind_of(buffer: Buffer) -> str:
+    made = buffer.origin.direction
+    if made == FORWARD and not buffer.cast and buffer.read_in & {BACKWARD, RECOMPUTE}:
+        return SAVED
+    return GRADIENTS if made == BACKWARD and UPDATE in buffer.read_in else TEMPORARIES
+
+
+def _timeline(moments: Sequence[Origin], buffers: Iterable[Buffer], arguments: Mapping[str, int]) -> list[Moment]:
+    changes: dict[int, Counter[str]] = defaultdict(Counter)
+    for buffer in buffers:
+        kind = _kind_of(buffer)
+        changes[buffer.start][kind] += buffer.num_bytes
+        changes[buffer.end + 1][kind] -= buffer.num_bytes
+    held: Counter[str] = Counter(arguments)
+    found = []
+    for at, origin in enumerate(moments):
+        if at in changes or not found:
+            for kind, change in changes[at].items():
+                held[kind] += change
+            found.append(Moment({kind: held[kind] for kind in KINDS}, origin))
+    return found
+
+
+def _thinned(timeline: Sequence[Moment]) -> tuple[Moment, ...]:
+    """At most ``MOST_MOMENTS``: of each stretch the one that holds most."""
+    stretch = -(-len(timeline) // MOST_MOMENTS)
+    parts = (timeline[i : i + stretch] for i in range(0, len(timeline), max(1, stretch)))
+    return tuple(max(part, key=lambda moment: sum(moment.by_kind.values())) for part in parts)
+
+
+def _saved(buffers: Iterable[Buffer]) -> tuple[Saved, ...]:
+    sizes: Counter[Origin] = Counter()
+    for buffer in buffers:
+        if _kind_of(buffer) == SAVED:
+            sizes[buffer.origin] += buffer.num_bytes
+    found = (Saved(origin.operation, origin.dims, size, origin) for origin, size in sizes.items())
+    return tuple(sorted(found, key=lambda saved: -saved.num_bytes))
