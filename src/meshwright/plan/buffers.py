@@ -124,9 +124,8 @@ class Buffers:
                 self._choice(node, in_turn)
             else:
                 self._op(node, passes, narrow, in_turn)
-        last = self.moments[-1] if self.moments else None
-        for v in block.outs[:num_kept] if last is not None else ():
-            self._read(v, last.direction)
+        for v in block.outs[:num_kept] if self.moments else ():
+            self._read(v, self.moments[-1].direction)
 
     def _view(self, op: Op) -> None:
         buffer = self._of.get(id(op.ins[0])) if op.ins else None
