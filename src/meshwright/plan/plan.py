@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from .hardware import Hardware
 from .lineage import Lineage
 from .memory import Memory, memory_of
 from .network import Machine, machine
+from .page import html
 from .program import Program, read
 from .report import as_text, comparison, page
 from .summary import Summary, summary
@@ -91,12 +93,25 @@ class Plan:
     def summary(self) -> Summary:
         """Everything that the report shows, as data."""
         times = self._times if self.machine is not None else None
-        sizes = self.program.sizes
-        return summary(self.name, sizes, self.machine, times, self.flops, self.collectives, self.memory, self.warnings)
+        known = self.flops, self.collectives, self.memory, self.warnings
+        return summary(self.name, self.program, self.machine, times, *known)
 
     def to_json(self) -> str:
         """The summary as JSON: times in seconds, sizes in bytes, of one device in one call."""
         return self.summary.json()
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file: ``plan.html``, one page that needs no network, or ``plan.json``.
+
+        Raises:
+            ValueError: the file's name ends otherwise.
+        """
+        path = Path(path)
+        if path.suffix not in (".html", ".json"):
+            found = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
+            raise fail(f"plan.save: {str(path)!r} {found}. Write plan.save('plan.html') for a page, or 'plan.json'.")
+        text = self.to_json()
+        path.write_text(html(text) if path.suffix == ".html" else text, encoding="utf-8")
 
     def compare(self, other: "Plan", names: tuple[str, str] = ("this", "other")) -> "Comparison":
         """This plan and another, side by side."""

@@ -124,15 +124,12 @@ def _time(summary: Summary, styles: Mapping[str, Mark]) -> Iterator[RenderableTy
         yield Text.assemble(("time    ", "bold"), f"{UNKNOWN}: .on('v5p') or another machine tells it", ("", ""))
         yield Text.assemble(("work    ", "bold"), ", ".join(notes))
         return
-    parts = {COMPUTE: summary.compute_seconds or 0.0, HBM: summary.hbm_seconds or 0.0}
-    alone = dict(summary.axis_exposed_seconds)
-    scale = (summary.exposed_seconds or 0.0) / (sum(alone.values()) or 1.0)
-    parts.update({axis: seconds * scale for axis, seconds in alone.items()})
+    parts = summary.parts_seconds
     yield Text.assemble(
         ("time    ", "bold"), _bar(parts, sum(parts.values()), styles), f"  {show_seconds(summary.seconds)}"
     )
     yield _key({name: show_seconds(s) for name, s in parts.items() if s > 0}, styles)
-    hidden = sum(summary.axis_seconds.values()) - sum(alone.values())
+    hidden = sum(summary.axis_seconds.values()) - sum(summary.axis_exposed_seconds.values())
     rates = f"MFU {summary.mfu:.0%}, HFU {summary.hfu:.0%}"
     hides = f"; computation hides {show_seconds(hidden)} of communication" if hidden > 0 else ""
     yield Text.assemble(("work    ", "bold"), ", ".join(notes), f"; {rates}{hides}")

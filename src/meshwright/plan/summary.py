@@ -5,13 +5,15 @@ Everything is of one device in one call. What needs a machine is None without on
 
 import dataclasses
 import json
-import linecache
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .memory import Memory
+from .drawn import Cut, Row, Stretch, code_around, code_at, cuts_of, joined_rows, stretches
+from .hardware import Hardware
+from .memory import Memory, Moment, Saved
 from .network import Machine
+from .program import Program
 from .time import COMPUTE, HBM, Times
 from .traffic import Collective
 from .warnings import PlanWarning
@@ -45,6 +47,8 @@ class Line:
     sent_bytes: int
     seconds: Mapping[str, float] | None
     """By ``compute``, ``HBM`` and the axes; of collectives, what no computation hides."""
+    around: Mapping[int, str]
+    """The source about it, by line number."""
 
     @property
     def place(self) -> str:
@@ -76,6 +80,9 @@ class Summary:
     """How long the network of each axis is busy."""
     axis_exposed_seconds: Mapping[str, float]
     """How much of it no computation hides."""
+    parts_seconds: Mapping[str, float]
+    """The call's seconds by what they go to, ``compute``, ``HBM`` and the axes: they add up. While several networks
+    run at once and nothing is computed, the time is shared out among them."""
     bottleneck: str | None
     mfu: float | None
     hfu: float | None
@@ -91,6 +98,18 @@ class Summary:
     warnings: tuple[PlanWarning, ...]
     unverified: tuple[str, ...]
     """Figures of the machine that were assumed, or could not be checked."""
+    figures: Mapping[str, float | str]
+    """What the machine is taken for."""
+    tensors: tuple[Cut, ...]
+    """What the program is given."""
+    collectives: tuple[Row, ...]
+    """Each collective, in the program's order."""
+    timeline: tuple[Stretch, ...]
+    """Empty without a machine."""
+    moments: tuple[Moment, ...]
+    """What a device holds over the step, in the program's order."""
+    saved: tuple[Saved, ...]
+    """What the forward pass leaves for the backward pass, the largest first."""
 
     @property
     def sent_bytes(self) -> int:
@@ -104,7 +123,7 @@ class Summary:
 
 def summary(
     name: str,
-    sizes: Mapping[str, int],
+    program: Program,
     machine: Machine | None,
     times: Times | None,
     flops: Flops,
@@ -113,7 +132,7 @@ def summary(
     warnings: tuple[PlanWarning, ...],
 ) -> Summary:
     """The summary of a plan's parts."""
-    hardware = machine.hardware if machine is not None else None
+    hardware, sizes = machine.hardware if machine is not None else None, program.sizes
     work = {
         kind: getattr(flops, kind)
         for kind in ("total", "useful", "recomputed", "duplicated", "matmul", "convolution", "elementwise")
@@ -129,6 +148,7 @@ def summary(
         exposed_seconds=times.exposed_seconds if times else None,
         axis_seconds={axis.axes: axis.seconds for axis in times.axes} if times else {},
         axis_exposed_seconds={axis.axes: axis.exposed_seconds for axis in times.axes} if times else {},
+        parts_seconds=_parts(times) if times else {},
         bottleneck=times.bottleneck if times else None,
         mfu=times.mfu if times else None,
         hfu=times.hfu if times else None,
@@ -140,7 +160,26 @@ def summary(
         lines=_lines(flops.works, rows, times),
         warnings=warnings,
         unverified=tuple(dict.fromkeys((*hardware.unchecked, *hardware.assumed))) if hardware is not None else (),
+        figures=_figures(hardware) if hardware is not None else {},
+        tensors=cuts_of(program),
+        collectives=joined_rows(rows, machine),
+        timeline=stretches(times.spans) if times else (),
+        moments=memory.timeline,
+        saved=memory.saved,
     )
+
+
+def _parts(times: Times) -> dict[str, float]:
+    alone = sum(axis.exposed_seconds for axis in times.axes) or 1.0
+    shared = {axis.axes: axis.exposed_seconds / alone * times.exposed_seconds for axis in times.axes}
+    return {COMPUTE: times.compute_seconds, HBM: times.hbm_seconds, **shared}
+
+
+def _figures(hardware: Hardware) -> dict[str, float | str]:
+    """The figures of a machine, less those that it has not; of the rates of products the best."""
+    every = {f.name: getattr(hardware, f.name) for f in dataclasses.fields(hardware) if f.name not in ("name", "title")}
+    plain = {name: value for name, value in every.items() if isinstance(value, int | float | str) and value}
+    return {**plain, "matmul": max(rate.fraction for rate in hardware.matmul)}
 
 
 def _paths(sizes: Mapping[str, int], rows: Sequence[Collective], machine: Machine | None) -> dict[str, str]:
@@ -186,10 +225,11 @@ def _lines(works: Sequence[Work], rows: Sequence[Collective], times: Times | Non
         Line(
             file,
             number,
-            linecache.getline(file, number).strip() if file else "",
+            code_at(file, number),
             flops[file, number],
             sent[file, number],
             _ordered(seconds.get((file, number), {})) if times is not None else None,
+            code_around(file, number),
         )
         for file, number in places
     )

@@ -1,0 +1,3 @@
+"""The page: a plan as one HTML file."""
+
+from .write import html as html
