@@ -212,7 +212,7 @@ function savedTable() {
   const columns = [
     ["", "what"],
     ["a device", "number"],
-    ["code", "wide"],
+    ["code", "wide aside"],
   ];
   return table("Saved for the backward pass, in all turns of loops", columns, rows, 8);
 }

@@ -222,7 +222,7 @@ function meshPicture(state, grid, width, choose) {
     el("td", {}),
     columns.map((j) => el("th", { scope: "col" }, j === null || !last ? "" : String(j))),
   );
-  const along = [before ? `↓ ${before}` : "", last ? `→ ${last}` : ""].filter(Boolean).join(" ");
+  const along = [before ? `↓ ${before}` : "", last ? `→ ${last}` : ""].filter(Boolean).join(" · ");
   return titled(
     "The mesh, and the number of each device",
     `${along} · outlined: the same slice as the chosen device's`,

@@ -247,7 +247,7 @@ function longestTable(view) {
       ["", "what"],
       ["busy", "number"],
       ["share", "number"],
-      ["code", "wide"],
+      ["code", "wide aside"],
     ],
     rows,
     8,
