@@ -1,10 +1,12 @@
-"""The collectives of a compiled program, read from its HLO text.
+"""The collectives of a compiled program, and its estimated cycles, read from its HLO text.
 
 This is the compiler's word beside the plan's own (``traffic.py``): what is left, and what was added, after every pass
 of XLA. The text is ``compiled.as_text()``; the reader knows of it what it needs to count collectives:
 
 - computations and who calls them: loops with their trip counts, branches, calls, fusions and the asynchronous
   wrappers of TPUs, whose ``-start`` runs the collective and whose ``-done`` only waits;
+- collectives that a TPU runs in steps beside the computation: the same one stands in the fusion that starts it, in
+  those that carry it on and in the one that ends it, and counts once;
 - of each collective its operands' shapes and its groups of devices. Devices are counted in the order of the mesh, so
   the axes of a group are the coordinates in which its members differ.
 
@@ -47,6 +49,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(
     r"replica_groups=(\{(?:\{[\d,]*\},?)*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[[^{]*\{[^}]*\})"
 )
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)|=)?(\d+)?")
 _ORDER = re.compile(r"device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\)")
@@ -94,6 +99,21 @@ def compiled_collectives(text: str, sizes: Mapping[str, int]) -> tuple[CompiledC
     return tuple(row for line, times, sure, fused in found for row in _rows(module, line, sizes, times, sure, fused))
 
 
+def compiled_cycles(text: str) -> tuple[int | None, bool]:
+    """The cycles that the compiler estimates for the computation of a program, waiting for collectives not among them.
+
+    Args:
+        text: the program's HLO.
+
+    Returns:
+        The cycles of every fusion, loops counted, or None where the compiler states none; and whether that is sure: it
+        is not with a loop whose trip count is not stated, counted once, or a branch, where all are counted.
+    """
+    module = _Module(text)
+    found = list(module.estimates(module.entry, 1, True))
+    return sum(cycles for cycles, _ in found) if found else None, all(sure for _, sure in found)
+
+
 @dataclass(frozen=True)
 class _Line:
     """One instruction."""
@@ -123,6 +143,8 @@ class _Module:
                 self.entry = name if head[1] else self.entry
         if not self.entry:
             raise ValueError("compiled_collectives: expected the HLO text of a module, found no ENTRY computation.")
+        starting = (lines for lines in self.computations.values() if any(_STARTS in x.rest for x in lines))
+        self._started = {(_chain(x), x.home) for lines in starting for x in lines if _kind(x) is not None}
         self._busy: dict[str, bool] = {}
         self._types: dict[str, dict[str, str]] = {}
 
@@ -136,21 +158,37 @@ class _Module:
         """Whether a computation holds a collective, itself or in what it calls."""
         if name not in self._busy:
             lines = self.computations[name]
-            self._busy[name] = any(_kind(x) is not None or any(map(self.busy, _callees(x))) for x in lines)
+            self._busy[name] = any(self.runs(x) or any(map(self.busy, _callees(x))) for x in lines)
         return self._busy[name]
+
+    def runs(self, line: _Line) -> bool:
+        """Whether a line is a collective, and no later step of one that was started elsewhere."""
+        chain = _chain(line)
+        later = chain and (chain, line.home) not in self._started and any(chain == c for c, _ in self._started)
+        return _kind(line) is not None and not later
 
     def walk(self, name: str, times: int, sure: bool, fused: bool) -> Iterator[tuple[_Line, int, bool, bool]]:
         """Each collective with how often it runs, whether that is sure, and whether it is fused with a scatter."""
         for line in self.computations[name]:
-            if _kind(line) is not None:
+            if self.runs(line):
                 yield line, times, sure, fused
                 continue
             for callee in filter(self.busy, _callees(line)):
-                runs, known = self._runs(line)
+                runs, known = self._turns(line)
                 scatters = fused or _FUSED_SCATTER in line.name or _FUSED_SCATTER in callee
                 yield from self.walk(callee, times * runs, sure and known, scatters)
 
-    def _runs(self, line: _Line) -> tuple[int, bool]:
+    def estimates(self, name: str, times: int, sure: bool) -> Iterator[tuple[int, bool]]:
+        """The estimated cycles of each line, all its runs; a fusion's stand on the fusion."""
+        for line in self.computations[name]:
+            if (stated := _CYCLES.search(line.rest)) is not None:
+                yield int(stated[1]) * times, sure
+            elif line.opcode in ("while", "conditional", "call"):
+                runs, known = self._turns(line)
+                for callee in _callees(line):
+                    yield from self.estimates(callee, times * runs, sure and known)
+
+    def _turns(self, line: _Line) -> tuple[int, bool]:
         if line.opcode != "while":
             return 1, line.opcode != "conditional"
         stated = _TRIPS.search(line.rest)
@@ -175,6 +213,12 @@ class _Module:
 
 def _kind(line: _Line) -> str | None:
     return _KINDS.get(line.opcode.removesuffix("-start"))
+
+
+def _chain(line: _Line) -> str:
+    """The number that the steps of one collective share; "" of one that runs in a single step."""
+    found = _CHAIN.search(line.rest)
+    return found[1] if found is not None else ""
 
 
 def _callees(line: _Line) -> list[str]:
