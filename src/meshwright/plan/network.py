@@ -93,6 +93,10 @@ class Machine:
     sizes: Mapping[str, int]
     paths: Mapping[str, Path]
     devices_per_chip: int = 1
+    topology: Topology | None = None
+    """What was described, if anything was."""
+    slow: Axes = ()
+    """The axes that were said to cross the slow network."""
 
     def path(self, axes: Axes) -> Path:
         """What a group along several axes speaks over."""
@@ -219,9 +223,10 @@ def _of_topology(topology: Topology, sizes: Mapping[str, int], slow: Axes) -> Ma
         written = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise fail(f"time: the program's mesh ({written}) has {num} devices; {topology} has {topology.num_devices}.")
     if topology.platform == "gpu":
-        return Machine(chip, sizes, _switched(sizes, topology.shape[0], topology.num_slices, slow))
-    per_chip = topology.devices_per_chip
-    return Machine(chip, sizes, _on_torus(sizes, topology, slow, chip), per_chip)
+        paths = _switched(sizes, topology.shape[0], topology.num_slices, slow)
+    else:
+        paths = _on_torus(sizes, topology, slow, chip)
+    return Machine(chip, sizes, paths, topology.devices_per_chip, topology, slow)
 
 
 def _shares(sizes: Mapping[str, int], parts: int, slow: Axes) -> dict[str, int]:

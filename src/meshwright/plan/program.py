@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from ..scope import Split
 from . import outside
@@ -131,6 +131,8 @@ class Program:
     """Every axis of the mesh, and its size."""
     unknown: tuple[Op, ...]
     """Operations outside every region whose communication is XLA's to choose."""
+    mesh: Any
+    """JAX's: one of devices where there is any, or else one that is only described; None where there is no mesh."""
 
 
 @dataclass
@@ -365,10 +367,11 @@ def read(traced: Any, leaves: Sequence[Any], about: Sequence[tuple[str, str, tup
     """
     reader = _Reader()
     lies = [sharded(x) for x in leaves]
-    for _, sizes in lies:
-        reader.sizes.update(sizes)
     closed = traced.jaxpr
-    _find_sizes(closed.jaxpr, reader.sizes)
+    meshes = [x.sharding.mesh for x, (_, sizes) in zip(leaves, lies, strict=True) if sizes]
+    meshes += _meshes(closed.jaxpr)
+    for mesh in meshes:
+        reader.sizes.update(mesh.shape)
     values = [_slice(v.aval, split, reader.sizes) for v, (split, _) in zip(closed.jaxpr.invars, lies, strict=True)]
     block = reader.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *values], (), {})
     block = pruned(block)
@@ -377,17 +380,19 @@ def read(traced: Any, leaves: Sequence[Any], about: Sequence[tuple[str, str, tup
         Argument(path, value, role, names, i in donated)
         for i, ((path, role, names), value) in enumerate(zip(about, values, strict=True))
     )
-    return Program(block, arguments, traced, reader.sizes, tuple(reader.unknown))
+    mesh = min(meshes, key=lambda mesh: isinstance(mesh, AbstractMesh), default=None)
+    return Program(block, arguments, traced, reader.sizes, tuple(reader.unknown), mesh)
 
 
-def _find_sizes(jaxpr: Jaxpr, sizes: Sizes) -> None:
+def _meshes(jaxpr: Jaxpr) -> Iterator[Any]:
     """Every mesh that a region or a sharding constraint is made for."""
     for eqn in jaxpr.eqns:
         mesh = eqn.params.get("mesh", getattr(eqn.params.get("sharding"), "mesh", None))
-        sizes.update(mesh.shape if mesh is not None else {})
+        if mesh is not None:
+            yield mesh
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner) and eqn.primitive.name != "shard_map":
-                _find_sizes(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner, sizes)
+                yield from _meshes(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
 
 
 def _is_jaxpr(x: Any) -> bool:
