@@ -31,6 +31,8 @@ from .hlo import CompiledCollective
 from .report import UNKNOWN, as_text, show_seconds
 from .traffic import Collective
 
+_MOST_RATIO = 100
+"""A larger one says no more than the two figures."""
 _PARTS = {
     "arguments": "argument_bytes",
     "outputs": "output_bytes",
@@ -222,18 +224,18 @@ def _verdict(compiled: Compiled) -> Iterator[tuple[str, str]]:
         yield f"{held} of {memory} needed on a device, {show_bytes(there or 0)} there", ""
 
 
-def _table(*columns: str, left: int = 1) -> Table:
+def _table(*columns: str, left: Sequence[int] = (0,)) -> Table:
     table = Table(show_edge=False, pad_edge=False, box=SIMPLE_HEAD, header_style="dim")
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left or i >= len(columns) - left + 1 else "right")
+        table.add_column(name, justify="left" if i in left else "right")
     return table
 
 
 def _largest(compiled: Compiled) -> Table:
     listed = compiled.exhausted is not None and compiled.exhausted.largest
-    table = _table("the largest tensors" + ("" if listed else " of the trace"), "bytes", "operation", "line", left=3)
+    table = _table("the largest tensors" + ("" if listed else " of the trace"), "", "operation", "line", left=(0, 2, 3))
     for x in compiled.largest:
-        table.add_row(x.shape, show_bytes(x.size_bytes), x.operation, x.place)
+        table.add_row(*map(Text, (x.shape, show_bytes(x.size_bytes), x.operation, x.place)))
     return table
 
 
@@ -241,5 +243,6 @@ def _differences(rows: Sequence[Difference]) -> Table:
     table = _table("a device, a call", "plan", "compiler", "ratio")
     for row in rows:
         figures = (UNKNOWN if n is None else show_bytes(n) for n in (row.planned_bytes, row.compiled_bytes))
-        table.add_row(row.part, *figures, "" if row.ratio is None else f"{row.ratio:.2f}")
+        ratio = row.ratio if row.ratio is not None and row.ratio < _MOST_RATIO else None
+        table.add_row(row.part, *figures, "" if ratio is None else f"{ratio:.2f}")
     return table

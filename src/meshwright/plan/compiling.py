@@ -6,7 +6,7 @@ that lie over the devices which the compiler describes. Its regions follow them.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,7 +212,7 @@ def largest_of(program: Program) -> tuple[Allocation, ...]:
     the first. XLA need not keep each: what it fuses never lies in memory."""
     found: dict[tuple[str, str, str], int] = {}
     for argument in program.arguments:
-        found[_shape(argument.value), f"argument {argument.path}", ""] = argument.value.num_bytes
+        found[_shape(argument.value, argument.names), f"argument {argument.path}", ""] = argument.value.num_bytes
     for value, operation, place in _made(program.block):
         found.setdefault((_shape(value), operation, place), value.num_bytes)
     order = sorted(found, key=lambda key: -found[key])
@@ -228,5 +228,7 @@ def _made(block: Block) -> Iterator[tuple[Value, str, str]]:
             yield from _made(each)
 
 
-def _shape(value: Value) -> str:
-    return f"{value.dtype.name}[{','.join(map(str, value.shape))}]"
+def _shape(value: Value, names: Sequence[str] = ()) -> str:
+    """``float32[32,4096]``, with the dims' names where they are known."""
+    named = [f"{name}={size}" for name, size in zip(names, value.shape, strict=True)] if names else value.shape
+    return f"{value.dtype.name}[{', '.join(map(str, named))}]"
