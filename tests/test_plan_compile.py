@@ -214,7 +214,9 @@ def test_every_tpu_is_described_as_it_is_counted(chip: str) -> None:
         assert len(devices) == topology.num_devices
         found = Hardware.of_kind(devices[0].device_kind)
         assert found is not None and found.name == chip
-    compiled = mw.plan(jnp.sin, jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)).compile(f"tpu:{chip}:{'x'.join(['1'] * dims)}")
+    compiled = mw.plan(jnp.sin, jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)).compile(
+        f"tpu:{chip}:{'x'.join(['1'] * dims)}"
+    )
     assert compiled.available_bytes == pytest.approx(Hardware.named(chip).memory_bytes, abs=0.011 * 2**30)
     assert compiled.needed_bytes == 2 * 4 * 2**40
 
@@ -303,7 +305,5 @@ def test_a_machine_without_a_tpu_hears_nothing_of_one() -> None:
     described_devices(Topology.parse("tpu:v5e:2x2"))
     ours = ("JAX_PLATFORMS", "XLA_FLAGS", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY")
     clean = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("TPU_")}
-    done = subprocess.run(
-        [sys.executable, "-c", QUIET], env=clean, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", QUIET], env=clean, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "cpu True\n", "")

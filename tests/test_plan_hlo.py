@@ -4,7 +4,8 @@ import jax
 import pytest
 
 import meshwright as mw
-from meshwright.plan.hlo import axes_of_groups, axes_of_pairs, compiled_collectives
+from meshwright.plan.groups import axes_of_groups, axes_of_pairs
+from meshwright.plan.hlo import compiled_collectives, compiled_cycles
 
 from .laws import Way, tensor
 

@@ -25,7 +25,7 @@ from .described import described_mesh
 from .exhausted import Allocation, Exhausted, read_exhausted
 from .hardware import Hardware
 from .hlo import compiled_collectives, compiled_cycles
-from .network import Machine
+from .network import Machine, shares_of
 from .program import Block, Choice, Loop, Program, Value
 
 NUM_LARGEST = 8
@@ -98,6 +98,10 @@ class Target:
         kind = _kind(program)
         return cls(kind, Hardware.of_kind(kind), _devices(program)[0].platform)
 
+    def slices(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        """Over how many slices each axis is dealt out."""
+        return shares_of(sizes, self.topology.num_slices, self.slow) if self.topology is not None else {}
+
 
 def _topology_of(on: str | Topology | Mesh | Machine | None) -> tuple[Topology | None, Axes]:
     """The topology that is meant, and the axes that cross its slow network."""
@@ -160,7 +164,7 @@ def _accepted(made: Any, target: Target, seconds: float, planned: Planned) -> Co
         available_bytes=there,
         memory=memory,
         exhausted=None,
-        collectives=compiled_collectives(text, planned.sizes),
+        collectives=compiled_collectives(text, planned.sizes, target.slices(planned.sizes)),
         cycles=cycles,
         cycles_sure=sure,
         planned=planned,

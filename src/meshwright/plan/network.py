@@ -229,8 +229,8 @@ def _of_topology(topology: Topology, sizes: Mapping[str, int], slow: Axes) -> Ma
     return Machine(chip, sizes, paths, topology.devices_per_chip, topology, slow)
 
 
-def _shares(sizes: Mapping[str, int], parts: int, slow: Axes) -> dict[str, int]:
-    """Over how many parts each axis is dealt out: the slow ones in order, or else the slowest first."""
+def shares_of(sizes: Mapping[str, int], parts: int, slow: Axes) -> dict[str, int]:
+    """Over how many slices or domains each axis is dealt out: the slow ones in order, or else the slowest first."""
     left, shares = parts, {}
     for axis, size in sizes.items():
         shares[axis] = math.gcd(size, left) if axis in slow or not slow else 1
@@ -239,12 +239,12 @@ def _shares(sizes: Mapping[str, int], parts: int, slow: Axes) -> dict[str, int]:
 
 
 def _switched(sizes: Mapping[str, int], per_part: int, parts: int, slow: Axes) -> dict[str, Path]:
-    shares = _shares(sizes, parts, slow)
+    shares = shares_of(sizes, parts, slow)
     return {axis: Path(switched=size // shares[axis], parts=shares[axis]) for axis, size in sizes.items()}
 
 
 def _on_torus(sizes: Mapping[str, int], topology: Topology, slow: Axes, chip: Hardware) -> dict[str, Path]:
-    shares = _shares(sizes, topology.num_slices, slow)
+    shares = shares_of(sizes, topology.num_slices, slow)
     left, cores_left = list(topology.shape), topology.devices_per_chip
     paths: dict[str, Path] = {}
     for axis, size in reversed(list(sizes.items())):

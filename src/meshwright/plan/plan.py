@@ -117,9 +117,7 @@ class Plan:
         text = self.to_json()
         path.write_text(html(text) if path.suffix == ".html" else text, encoding="utf-8")
 
-    def compile(
-        self, on: "str | Topology | Mesh | None" = None, options: Mapping[str, Any] | None = None
-    ) -> Compiled:
+    def compile(self, on: "str | Topology | Mesh | None" = None, options: Mapping[str, Any] | None = None) -> Compiled:
         """The compiler's word: its memory, collectives and cycles beside the plan's, or why it refuses the program.
 
         Args:
