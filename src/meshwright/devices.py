@@ -31,8 +31,8 @@ _WITHOUT_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
 }
-"""What TPUs' library asks the machine for when it is loaded. Without a TPU nobody answers: it complains on stderr, keeps
-logs in /tmp, and locks itself against other processes, though there is no chip that they could share."""
+"""What TPUs' library asks the machine for when it is loaded. Without a TPU nobody answers: it complains on stderr,
+keeps logs in /tmp and locks itself against other processes, though there is no chip that they could share."""
 
 
 def present() -> list[Any]:

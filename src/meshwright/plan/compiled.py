@@ -26,7 +26,7 @@ from rich.text import Text
 from ..devices import counted, show_sizes
 from ..explain import show_bytes
 from ..scope import Axes
-from .exhausted import Allocation, Exhausted
+from .exhausted import LEAST_SHARE, Allocation, Exhausted
 from .hlo import CompiledCollective
 from .report import UNKNOWN, as_text, show_seconds
 from .traffic import Collective
@@ -36,7 +36,7 @@ _MOST_RATIO = 100
 _PARTS = {
     "arguments": "argument_bytes",
     "outputs": "output_bytes",
-    "of them in arguments": "alias_bytes",
+    "of them, in arguments": "alias_bytes",
     "temporaries": "temporary_bytes",
 }
 Moved = Mapping[tuple[str, Axes], int]
@@ -57,7 +57,8 @@ class CompiledMemory:
 
     @property
     def total_bytes(self) -> int:
-        """Arguments, temporaries and outputs, what they share counted once."""
+        """Arguments, temporaries and outputs, what they share counted once. TPUs' compiler counts the fragmentation of
+        temporaries twice, so that this can be more than a program needs."""
         return self.argument_bytes + self.temporary_bytes + self.output_bytes - self.alias_bytes
 
 
@@ -105,8 +106,8 @@ class Compiled:
     seconds: float
     """How long the compiler took."""
     fits: bool | None
-    """Whether a device can hold it. None where that is not known: the device's memory is not, or the compiler accepts
-    a program whose parts add up to more than is there."""
+    """Whether a device can hold it: TPUs' compiler knows. For other devices the table of hardware decides; None where
+    it does not have them."""
     available_bytes: int | None
     """The device's memory, as the compiler says it, or else the table of hardware."""
     memory: CompiledMemory | None
@@ -134,7 +135,9 @@ class Compiled:
         """Of a program that does not fit, the largest tensors: the compiler's, or where it lists none, the trace's."""
         if self.fits is not False:
             return ()
-        return (self.exhausted.largest if self.exhausted is not None else ()) or tuple(self.planned.largest)
+        listed = self.exhausted.largest if self.exhausted is not None else ()
+        least = (self.needed_bytes or 0) * LEAST_SHARE
+        return listed or tuple(x for x in self.planned.largest if x.size_bytes > least)
 
     @functools.cached_property
     def moved_bytes(self) -> Moved:
@@ -209,15 +212,13 @@ def _verdict(compiled: Compiled) -> Iterator[tuple[str, str]]:
     needed, there = compiled.needed_bytes, compiled.available_bytes
     held = show_bytes(needed) if needed is not None else UNKNOWN
     of = f" of {show_bytes(there)}" if there else ""
-    if compiled.fits is None and there:
-        yield "perhaps fits  ", "bold yellow"
-        yield f"the compiler accepts it, though its parts add up to {held}{of} on a device", ""
-    elif compiled.fits is None:
+    if compiled.fits is None:
         yield "memory  ", "bold"
         yield f"{held} on a device; how much is there is not known", ""
     elif compiled.fits:
         yield "fits    ", "bold green"
-        yield f"{held}{of} on a device", ""
+        twice = ", the fragmentation of temporaries counted twice" if there and (needed or 0) > there else ""
+        yield f"{held}{of} on a device{twice}", ""
     else:
         memory = compiled.exhausted.memory if compiled.exhausted is not None else "memory"
         yield "does not fit  ", "bold red"

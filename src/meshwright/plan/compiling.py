@@ -25,6 +25,7 @@ from .described import described_mesh
 from .exhausted import Allocation, Exhausted, read_exhausted
 from .hardware import Hardware
 from .hlo import compiled_collectives, compiled_cycles
+from .memory import Memory
 from .network import Machine, shares_of
 from .program import Block, Choice, Loop, Program, Value
 
@@ -172,13 +173,10 @@ def _accepted(made: Any, target: Target, seconds: float, planned: Planned) -> Co
 
 
 def _fits(memory: CompiledMemory | None, there: int | None, target: Target) -> bool | None:
-    """The verdict on a program that was compiled: TPUs' compiler would have refused one that surely does not fit."""
-    refuses = target.platform == "tpu"
-    if memory is None or there is None:
-        return True if refuses else None
-    if memory.total_bytes <= there:
+    """The verdict on a program that was compiled: TPUs' compiler would have refused one that does not fit."""
+    if target.platform == "tpu":
         return True
-    return None if refuses else False
+    return memory.total_bytes <= there if memory is not None and there is not None else None
 
 
 def _refused(exhausted: Exhausted, target: Target, seconds: float, planned: Planned) -> Compiled:
@@ -209,6 +207,18 @@ def _memory(stats: Any) -> CompiledMemory | None:
         temporary_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
     )
+
+
+def planned_memory(memory: Memory, target: Target) -> dict[str, int]:
+    """The plan's memory by the names of ``CompiledMemory``; of temporaries, what the target's compiler calls so."""
+    temporary = memory.reported_temporary_bytes if target.platform == "tpu" else memory.temporary_bytes
+    return {
+        "argument_bytes": memory.argument_bytes,
+        "output_bytes": memory.output_bytes,
+        "alias_bytes": memory.alias_bytes,
+        "temporary_bytes": temporary,
+        "total_bytes": memory.argument_bytes + temporary + memory.output_bytes - memory.alias_bytes,
+    }
 
 
 def largest_of(program: Program) -> tuple[Allocation, ...]:

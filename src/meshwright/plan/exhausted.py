@@ -21,7 +21,7 @@ _ITEM = re.compile(rf"^ *\d+\. Size: {_SIZE}\n(.*?)^ *=+$", re.MULTILINE | re.DO
 _SHAPE = re.compile(r"^ *Shape: (.*?)$", re.MULTILINE)
 _NAME = re.compile(r'op_name="([^"]*)"')
 _FILE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
-_LEAST = 0.01
+LEAST_SHARE = 0.01
 """Of what is needed: a smaller tensor is not worth a line."""
 
 
@@ -57,7 +57,7 @@ def read_exhausted(message: str) -> Exhausted | None:
         there = _bytes(*late.group(4, 5))
         needed = max(_bytes(*late.group(2, 3)), there + _bytes(*late.group(6, 7)))
         items = (_allocation(item) for item in _ITEM.finditer(message))
-        return Exhausted(late[1].upper(), needed, there, tuple(x for x in items if x.size_bytes > _LEAST * needed))
+        return Exhausted(late[1].upper(), needed, there, tuple(x for x in items if x.size_bytes > LEAST_SHARE * needed))
     if (early := _EARLY.search(message)) is not None:
         return Exhausted(early[1].upper(), _bytes(*early.group(2, 3)), _bytes(*early.group(4, 5)), ())
     return None

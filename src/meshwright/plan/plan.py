@@ -18,7 +18,7 @@ from ..mesh import Mesh
 from ..tensor import Tensor, is_tensor
 from ..topology import Topology
 from .compiled import Compiled, Planned
-from .compiling import Call, Target, compiled, largest_of
+from .compiling import Call, Target, compiled, largest_of, planned_memory
 from .hardware import Hardware
 from .lineage import Lineage
 from .memory import Memory, memory_of
@@ -129,7 +129,10 @@ class Plan:
             ValueError: no topology is known, there is no compiler for it here, or it has other devices than the mesh.
         """
         target = Target.of(on, self.machine, self.program)
-        return compiled(self.program, self.call, target, self._planned, options or {})
+        scratch = target.hardware.scratch_bytes if target.hardware is not None else 0
+        memory = planned_memory(memory_of(self.program, scratch), target)
+        planned = Planned(self.name, self.program.sizes, memory, self.collectives, largest_of(self.program))
+        return compiled(self.program, self.call, target, planned, options or {})
 
     def compare(self, other: "Plan", names: tuple[str, str] = ("this", "other")) -> "Comparison":
         """This plan and another, side by side."""
@@ -144,12 +147,6 @@ class Plan:
 
     def __str__(self) -> str:
         return as_text(page(self.summary, plain=True))
-
-    @functools.cached_property
-    def _planned(self) -> Planned:
-        """What is set beside the compiler's figures."""
-        memory = {"argument_bytes": sum(a.value.num_bytes for a in self.program.arguments)}
-        return Planned(self.name, self.program.sizes, memory, self.collectives, largest_of(self.program))
 
     @functools.cached_property
     def _lineage(self) -> Lineage:
