@@ -236,7 +236,8 @@ class _Reader:
 
     def _scan(self, eqn: Any, ins: Any, chain: Any, inside: Sizes, nodes: list[Node]) -> Sequence[Value]:
         params, closed = eqn.params, eqn.params["jaxpr"]
-        first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+        first, num_carry = _scan_parts(params)
+        last = first + num_carry
         given = [
             _like(v.aval, x, inside, self.sizes, drop=i >= last)
             for i, (v, x) in enumerate(zip(closed.jaxpr.invars, ins, strict=True))
@@ -244,7 +245,7 @@ class _Reader:
         self._stay_spread(given, ins)
         body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
         outs = tuple(
-            _like(v.aval, x, inside, self.sizes, add=i >= params["num_carry"])
+            _like(v.aval, x, inside, self.sizes, add=i >= num_carry)
             for i, (v, x) in enumerate(zip(eqn.outvars, body.outs, strict=True))
         )
         self._stay_spread(outs, body.outs)
@@ -283,6 +284,14 @@ class _Reader:
         self._stay_spread(outs, branches[0].outs)
         nodes.append(Choice(branches, ins, outs, origin_of(chain, "cond", bool(inside))))
         return outs
+
+
+def _scan_parts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs stay the same, and how many its turns hand on: as JAX 0.10 says it, or as 0.11."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "callee")
