@@ -27,7 +27,7 @@ from .hardware import Hardware
 from .hlo import compiled_collectives, compiled_cycles
 from .memory import Memory
 from .network import Machine, shares_of
-from .program import Block, Choice, Loop, Program, Value
+from .program import Block, Choice, Loop, Op, Program, Value
 
 NUM_LARGEST = 8
 """How many tensors of a program that does not fit are listed."""
@@ -234,8 +234,13 @@ def largest_of(program: Program) -> tuple[Allocation, ...]:
 
 
 def _made(block: Block) -> Iterator[tuple[Value, str, str]]:
-    """Every value that a block makes, with the operation and the line that make it."""
+    """Every value that a block makes of others, with the operation and the line that make it: what is made of constants
+    alone (zeros, counts) takes no memory."""
+    constants: set[Value | None] = {None}
     for node in block.nodes:
+        if isinstance(node, Op) and constants.issuperset(node.ins):
+            constants.update(node.outs)
+            continue
         yield from ((value, node.origin.operation, node.origin.place) for value in node.outs)
         inner = (node.body,) if isinstance(node, Loop) else node.branches if isinstance(node, Choice) else ()
         for each in inner:
