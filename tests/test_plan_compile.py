@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import meshwright as mw
@@ -132,6 +133,21 @@ def test_a_whole_training_step_uses_its_state_up() -> None:
     planned, moved = planned_bytes(plan), compiled.moved_bytes
     assert moved["all_gather", ("data",)] == pytest.approx(planned["all_gather", ("data",)], rel=0.01)
     assert moved["all_reduce", ("model",)] == pytest.approx(planned["all_reduce", ("model",)], rel=0.01)
+
+
+@tpu
+def test_arrays_keys_and_numbers_are_compiled_for_a_tpu_from_their_shapes() -> None:
+    """Values are on this machine, and the program is compiled for another: only their shapes go there."""
+    (batch,) = mw.dims(batch=4096)
+
+    def noisy(key: jax.Array, x: mw.Tensor, scale: float, shift: jax.Array) -> mw.Tensor:
+        return x * scale + mw.random.normal(key, (batch,)) + shift
+
+    x = mw.Tensor(np.ones(4096, np.float32), (batch,))
+    plan = mw.plan(mw.spmd(noisy, V5E, "batch:data"), jax.random.key(0), x, 2.0, jnp.float32(1.0))
+    compiled = plan.compile(V5E)
+    assert compiled.memory is not None and compiled.moved_bytes == {}
+    assert compiled.memory.output_bytes == 4096 // 2 * 4
 
 
 @tpu

@@ -61,8 +61,8 @@ class Call:
 def _shape_of(x: Any) -> Any:
     if not isinstance(x, jax.Array | np.ndarray):
         return x
-    where, weak = (x.sharding, x.weak_type) if isinstance(x, jax.Array) else (None, False)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=weak)
+    where = x.sharding if isinstance(x, jax.Array) else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=jax.typeof(x).weak_type)
 
 
 @dataclass(frozen=True)
