@@ -4,7 +4,8 @@ import jax
 import pytest
 
 import meshwright as mw
-from meshwright.plan.hlo import axes_of_groups, axes_of_pairs, compiled_collectives
+from meshwright.plan.groups import axes_of_groups, axes_of_pairs
+from meshwright.plan.hlo import compiled_collectives, compiled_cycles
 
 from .laws import Way, tensor
 
@@ -94,6 +95,72 @@ def test_a_loop_whose_length_depends_on_values_counts_once() -> None:
     text = TPU.replace("%limit = s32[]{:T(128)} constant(6)", "%limit = s32[]{:T(128)} get-tuple-element(%c), index=0")
     gathers = [r for r in compiled_collectives(text, SIZES) if r.kind == "all_gather"]
     assert [(r.times, r.sure) for r in gathers] == [(5, True), (1, False)]
+
+
+STEPS = """\
+HloModule jit_step, is_scheduled=true
+
+%starting (a: bf16[8,128]) -> (bf16[8,128], u32[]) {
+  %a = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %gather.1 = bf16[16,128]{1,0} all-gather(%a), replica_groups=[4,2]<=[2,4]T(1,0), frontend_attributes={chain_id="0"}
+  ROOT %started = (bf16[8,128]{1,0}, u32[]) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%carrying (b: bf16[8,128], c: bf16[4]) -> (bf16[16,128], bf16[4]) {
+  %b = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %c = bf16[4]{0} parameter(1)
+  %gather.2 = bf16[16,128]{1,0} all-gather(%b), replica_groups=[4,2]<=[2,4]T(1,0), frontend_attributes={chain_id="0"}
+  ROOT %both = (bf16[16,128]{1,0}, bf16[4]{0}) tuple(%gather.2, %c)
+}
+
+%asks (d: (s32[], bf16[8,128], bf16[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(6)
+  %d = (s32[]{:T(128)}, bf16[8,128]{1,0}, bf16[4]{0}) parameter(0)
+  %turn = s32[]{:T(128)} get-tuple-element(%d), index=0
+  ROOT %less = pred[]{:T(512)} compare(%turn, %limit), direction=LT
+}
+
+%body (e: (s32[], bf16[8,128], bf16[4])) -> (s32[], bf16[8,128], bf16[4]) {
+  %e = (s32[]{:T(128)}, bf16[8,128]{1,0}, bf16[4]{0}) parameter(0)
+  %x = bf16[8,128]{1,0} get-tuple-element(%e), index=1
+  %y = bf16[4]{0} get-tuple-element(%e), index=2
+  %start = (bf16[8,128]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%starting
+  %on = (bf16[16,128]{1,0}, bf16[4]{0}) fusion(%x, %y), calls=%carrying, backend_config={"estimated_cycles":"100"}
+  %token = token[] after-all()
+  %send.1 = (bf16[4]{0}, token[]) send(%y, %token), frontend_attributes={_xla_megascale_transfer_type="ALL_GATHER"}
+  ROOT %next = (s32[]{:T(128)}, bf16[8,128]{1,0}, bf16[4]{0}) tuple(%turn.1, %x, %y)
+}
+
+ENTRY %main (f: bf16[8,128], g: bf16[4]) -> bf16[8,128] {
+  %f = bf16[8,128]{1,0} parameter(0)
+  %g = bf16[4]{0} parameter(1)
+  %one = s32[]{:T(128)} constant(1)
+  %first = s32[]{:T(128)} copy(%one)
+  %begin = (s32[]{:T(128)}, bf16[8,128]{1,0}, bf16[4]{0}) tuple(%first, %f, %g)
+  %peeled = bf16[8,128]{1,0} fusion(%f), calls=%left, backend_config={"window_config":{"estimated_cycles":"7"}}
+  %loop = (s32[], bf16[8,128], bf16[4]) while(%begin), condition=%asks, body=%body
+  ROOT %out = bf16[8,128]{1,0} get-tuple-element(%loop), index=1
+}
+
+%left (h: bf16[8,128]) -> bf16[8,128] {
+  ROOT %h = bf16[8,128]{1,0} parameter(0)
+}
+"""
+
+
+def test_a_collective_in_steps_counts_once_and_a_peeled_loop_its_turns() -> None:
+    rows = [
+        (r.kind, r.axes, r.group_size, r.payload_bytes, r.times)
+        for r in compiled_collectives(STEPS, {"pod": 3, **SIZES}, {"pod": 3})
+    ]
+    assert rows == [("all_gather", ("x",), 2, 16 * 128 * 2, 5), ("all_gather", ("pod",), 3, 3 * 4 * 2, 5)]
+
+
+def test_cycles_are_those_of_fusions_and_loops() -> None:
+    assert compiled_cycles(STEPS) == (7 + 5 * 100, True)
+    unstated = STEPS.replace("%limit = s32[]{:T(128)} constant(6)", "%limit = s32[]{:T(128)} parameter(1)")
+    assert compiled_cycles(unstated) == (7 + 100, False)
+    assert compiled_cycles(TPU) == (None, True)
 
 
 def test_groups_of_devices_are_axes() -> None:

@@ -8,6 +8,7 @@ within one. Eight devices in two processes are, with ``dcn="data"``, two parts o
 """
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,32 @@ from .topology import Topology
 
 Sizes = dict[str, int]
 """The size of each axis, the slowest first."""
+
+
+_WITHOUT_TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+}
+"""What TPUs' library asks the machine for when it is loaded. Without a TPU nobody answers: it complains on stderr,
+keeps logs in /tmp and locks itself against other processes, though there is no chip that they could share."""
+
+
+def present() -> list[Any]:
+    """All of JAX's devices, of every process. JAX looks for them here, if it has not."""
+    expect_no_tpu()
+    return jax.devices()
+
+
+def expect_no_tpu() -> None:
+    """Where JAX has found no TPU, tell TPUs' library so before it is loaded; what the user has set stays.
+
+    The library may be installed all the same (``meshwright[tpu-plan]``): it compiles for TPUs that are elsewhere.
+    """
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # JAX's mark, made when it is imported
+        for name, value in _WITHOUT_TPU.items():
+            os.environ.setdefault(name, value)
 
 
 def counted(num: int, thing: str) -> str:
@@ -45,6 +72,7 @@ class Devices:
 
     @classmethod
     def find(cls, devices: Iterable[Any] | None, topology: Topology | None) -> "Devices":
+        expect_no_tpu()
         if devices is None:
             return cls(None if topology is not None else tuple(jax.devices()), topology, False)
         listed = tuple(np.asarray(devices, dtype=object).flat) if isinstance(devices, np.ndarray) else tuple(devices)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 
+from ..devices import present
 from ..errors import fail
 from ..layout import Layout
 from ..mesh import Mesh, counted
@@ -73,10 +74,10 @@ def find_devices(number: int | None) -> Sequence[Any]:
         ValueError: there are fewer.
     """
     if number is None:
-        return jax.devices()
+        return present()
     with contextlib.suppress(RuntimeError):  # JAX has started already: it has the devices that it has.
         jax.config.update("jax_num_cpu_devices", number)
-    found = jax.devices()
+    found = present()
     if len(found) < number:
         there = f"there {'is' if len(found) == 1 else 'are'} {counted(len(found), 'device')} ({found[0].device_kind})"
         raise fail(f"--devices {number}: {there}.")

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import collectives
+from ..devices import present
 from ..errors import fail
 from ..mesh import Mesh
 from ..scope import Axes
@@ -58,7 +59,7 @@ def calibrate(mesh: Mesh | None = None, path: str | Path | None = None) -> Hardw
     """
     if mesh is not None and mesh.described:
         raise fail("calibrate: the mesh is only described: there is nothing to measure. Use a mesh of present devices.")
-    devices = list(mesh.devices) if mesh is not None else jax.devices()
+    devices = list(mesh.devices) if mesh is not None else present()
     first, everyone = devices[0], Mesh({"devices": len(devices)}, devices)
     wide = first.platform != "cpu"
     dtype: Any = jnp.bfloat16 if wide else jnp.float32

@@ -79,7 +79,7 @@ class Hardware:
     scratch_bytes: int = 0
     """Memory on the chip that a compiler gives to temporaries (of a TPU, its VMEM); 0: none."""
     usable_bytes: int = 0
-    """Memory that programs may use, where it is less; 0: all of it."""
+    """Memory that programs may use; 0: all of it. Of TPUs, what their compiler takes as there, in its own rounding."""
     wraps: str = ""
     """Of a torus, where a dimension closes to a ring: ``multiples of 4``, ``at 16``."""
     domain: int = 0

@@ -1,28 +1,28 @@
-"""The collectives of a compiled program, read from its HLO text.
+"""The collectives of a compiled program, and its estimated cycles, read from its HLO text.
 
 This is the compiler's word beside the plan's own (``traffic.py``): what is left, and what was added, after every pass
 of XLA. The text is ``compiled.as_text()``; the reader knows of it what it needs to count collectives:
 
 - computations and who calls them: loops with their trip counts, branches, calls, fusions and the asynchronous
   wrappers of TPUs, whose ``-start`` runs the collective and whose ``-done`` only waits;
-- of each collective its operands' shapes and its groups of devices. Devices are counted in the order of the mesh, so
-  the axes of a group are the coordinates in which its members differ.
+- collectives that a TPU runs in steps beside the computation: the same one stands in the fusion that starts it, in
+  those that carry it on and in the one that ends it, and counts once;
+- of each collective its operands' shapes and its groups of devices (``groups.py``);
+- between slices of TPUs, what devices hand to the runtime that speaks over the slow network. A collective over more
+  than a slice is one within each slice and one of these.
 
     %all_gather.16 = f32[16,4]{1,0} all-gather(%w), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}, ...
 
 on a mesh ``x=2, y=4`` is an ``all_gather`` over ``x`` of 256 bytes.
 """
 
-import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from ..scope import Axes
+from .groups import spoken_over
 from .traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, PERMUTE, REDUCE_SCATTER
 
 _KINDS = {
@@ -34,6 +34,13 @@ _KINDS = {
     "collective-permute": PERMUTE,
     "collective-broadcast": PERMUTE,
 }
+_BETWEEN_SLICES = {
+    "ALL_REDUCE": ALL_REDUCE,
+    "ALL_GATHER": ALL_GATHER,
+    "REDUCE_SCATTER": REDUCE_SCATTER,
+    "ALL_TO_ALL": ALL_TO_ALL,
+    "ONE_TO_ONE": PERMUTE,
+}
 _FUSED_SCATTER = "all-reduce-scatter"
 """TPUs fuse an all-reduce with the slice that each device keeps, under this name: it is a reduce-scatter."""
 
@@ -44,13 +51,11 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _LISTED = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_GROUPS = re.compile(
-    r"replica_groups=(\{(?:\{[\d,]*\},?)*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[[^{]*\{[^}]*\})"
-)
-_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
-_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)|=)?(\d+)?")
-_ORDER = re.compile(r"device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\)")
-_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_COUNTER = re.compile(r"[su]\d+\[\]")
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'
 
 
 @dataclass(frozen=True)
@@ -79,19 +84,38 @@ class CompiledCollective:
         return self.payload_bytes * self.times
 
 
-def compiled_collectives(text: str, sizes: Mapping[str, int]) -> tuple[CompiledCollective, ...]:
+def compiled_collectives(
+    text: str, sizes: Mapping[str, int], slices: Mapping[str, int] | None = None
+) -> tuple[CompiledCollective, ...]:
     """Every collective of a compiled program.
 
     Args:
         text: the program's HLO, as ``compiled.as_text()`` gives it.
         sizes: every axis of the mesh and its size, in the mesh's order.
+        slices: over how many slices an axis is dealt out, of those that the slow network joins; None: there is one.
 
     Raises:
         ValueError: the text has no entry, or states groups of devices in a form that is not known.
     """
     module = _Module(text)
     found = module.walk(module.entry, 1, True, False)
-    return tuple(row for line, times, sure, fused in found for row in _rows(module, line, sizes, times, sure, fused))
+    mesh = _Sliced.of(sizes, slices or {})
+    return tuple(row for line, times, sure, fused in found for row in _rows(module, line, mesh, times, sure, fused))
+
+
+def compiled_cycles(text: str) -> tuple[int | None, bool]:
+    """The cycles that the compiler estimates for the computation of a program, waiting for collectives not among them.
+
+    Args:
+        text: the program's HLO.
+
+    Returns:
+        The cycles of every fusion, loops counted, or None where the compiler states none; and whether that is sure: it
+        is not with a loop whose trip count is not stated, counted once, or a branch, where all are counted.
+    """
+    module = _Module(text)
+    found = list(module.estimates(module.entry, 1, True))
+    return sum(cycles for cycles, _ in found) if found else None, all(sure for _, sure in found)
 
 
 @dataclass(frozen=True)
@@ -105,6 +129,27 @@ class _Line:
     """Its operands and attributes."""
     home: str
     """The computation it stands in."""
+
+
+@dataclass(frozen=True)
+class _Sliced:
+    """The axes of a mesh, within a slice of TPUs and across slices."""
+
+    within: tuple[tuple[str, int], ...]
+    """The devices along each axis in one slice, which are counted from 0 in each."""
+    across: tuple[tuple[str, int], ...]
+    """The slices along each axis that the slow network joins."""
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int], slices: Mapping[str, int]) -> "_Sliced":
+        within = tuple((axis, size // slices.get(axis, 1)) for axis, size in sizes.items())
+        return cls(within, tuple((axis, slices[axis]) for axis in sizes if slices.get(axis, 1) > 1))
+
+    def spoken_over(self, line: _Line) -> tuple[Axes, int]:
+        """The axes of a collective and the size of its groups."""
+        if line.opcode == "send":
+            return tuple(axis for axis, _ in self.across), math.prod(num for _, num in self.across)
+        return spoken_over(line.rest, self.within, f"compiled_collectives: {line.opcode} {line.name!r}")
 
 
 class _Module:
@@ -123,6 +168,8 @@ class _Module:
                 self.entry = name if head[1] else self.entry
         if not self.entry:
             raise ValueError("compiled_collectives: expected the HLO text of a module, found no ENTRY computation.")
+        starting = (lines for lines in self.computations.values() if any(_STARTS in x.rest for x in lines))
+        self._started = {(_chain(x), x.home) for lines in starting for x in lines if _kind(x) is not None}
         self._busy: dict[str, bool] = {}
         self._types: dict[str, dict[str, str]] = {}
 
@@ -136,21 +183,37 @@ class _Module:
         """Whether a computation holds a collective, itself or in what it calls."""
         if name not in self._busy:
             lines = self.computations[name]
-            self._busy[name] = any(_kind(x) is not None or any(map(self.busy, _callees(x))) for x in lines)
+            self._busy[name] = any(self.runs(x) or any(map(self.busy, _callees(x))) for x in lines)
         return self._busy[name]
+
+    def runs(self, line: _Line) -> bool:
+        """Whether a line is a collective, and no later step of one that was started elsewhere."""
+        chain = _chain(line)
+        later = chain and (chain, line.home) not in self._started and any(chain == c for c, _ in self._started)
+        return _kind(line) is not None and not later
 
     def walk(self, name: str, times: int, sure: bool, fused: bool) -> Iterator[tuple[_Line, int, bool, bool]]:
         """Each collective with how often it runs, whether that is sure, and whether it is fused with a scatter."""
         for line in self.computations[name]:
-            if _kind(line) is not None:
+            if self.runs(line):
                 yield line, times, sure, fused
                 continue
             for callee in filter(self.busy, _callees(line)):
-                runs, known = self._runs(line)
+                runs, known = self._turns(line)
                 scatters = fused or _FUSED_SCATTER in line.name or _FUSED_SCATTER in callee
                 yield from self.walk(callee, times * runs, sure and known, scatters)
 
-    def _runs(self, line: _Line) -> tuple[int, bool]:
+    def estimates(self, name: str, times: int, sure: bool) -> Iterator[tuple[int, bool]]:
+        """The estimated cycles of each line, all its runs; a fusion's stand on the fusion."""
+        for line in self.computations[name]:
+            if (stated := _CYCLES.search(line.rest)) is not None:
+                yield int(stated[1]) * times, sure
+            elif line.opcode in ("while", "conditional", "call"):
+                runs, known = self._turns(line)
+                for callee in _callees(line):
+                    yield from self.estimates(callee, times * runs, sure and known)
+
+    def _turns(self, line: _Line) -> tuple[int, bool]:
         if line.opcode != "while":
             return 1, line.opcode != "conditional"
         stated = _TRIPS.search(line.rest)
@@ -158,13 +221,26 @@ class _Module:
         return (count, True) if count is not None else (1, False)
 
     def _compared(self, line: _Line) -> int | None:
-        """The trip count of a loop that counts from zero, by ones, up to the one constant of its condition."""
+        """The trip count of a loop that counts by ones up to the one constant of its condition."""
         condition = re.search(r"condition=%?([\w.\-]+)", line.rest)
         lines = self.computations[condition[1]] if condition is not None else []
-        constants = [int(m[1]) for x in lines if x.opcode == "constant" and (m := re.match(r"(\d+)\)", x.rest))]
+        constants = [number for x in lines if (number := _constant(x)) is not None]
         if len(constants) != 1 or not any("direction=LT" in x.rest for x in self._within(lines)):
             return None
-        return constants[0]
+        return constants[0] - self._first(line, lines)
+
+    def _first(self, loop: _Line, condition: Sequence[_Line]) -> int:
+        """What the counter of a loop begins with: not 0 where XLA has taken turns out of it. Where that is no constant
+        that can be seen, 0."""
+        lines = {x.name: x for x in self.computations[loop.home]}
+        begin = lines.get(_operands(loop.rest)[0])
+        counters = [m[1] for x in condition if _COUNTER.match(x.type) and (m := re.search(r"index=(\d+)", x.rest))]
+        if begin is None or begin.opcode != "tuple" or not counters:
+            return 0
+        value = lines.get(_operands(begin.rest)[int(counters[0])])
+        while value is not None and value.opcode in ("copy", "bitcast"):
+            value = lines.get(_operands(value.rest)[0])
+        return (_constant(value) or 0) if value is not None else 0
 
     def _within(self, lines: Sequence[_Line]) -> Iterator[_Line]:
         for line in lines:
@@ -173,8 +249,22 @@ class _Module:
                 yield from self._within(self.computations[callee])
 
 
+def _constant(line: _Line) -> int | None:
+    found = re.match(r"(\d+)\)", line.rest) if line.opcode == "constant" else None
+    return int(found[1]) if found is not None else None
+
+
 def _kind(line: _Line) -> str | None:
+    if line.opcode == "send":
+        handed = _TRANSFER.search(line.rest)
+        return _BETWEEN_SLICES.get(handed[1]) if handed is not None else None
     return _KINDS.get(line.opcode.removesuffix("-start"))
+
+
+def _chain(line: _Line) -> str:
+    """The number that the steps of one collective share; "" of one that runs in a single step."""
+    found = _CHAIN.search(line.rest)
+    return found[1] if found is not None else ""
 
 
 def _callees(line: _Line) -> list[str]:
@@ -185,15 +275,15 @@ def _callees(line: _Line) -> list[str]:
 
 
 def _rows(
-    module: _Module, line: _Line, sizes: Mapping[str, int], times: int, sure: bool, fused: bool
+    module: _Module, line: _Line, mesh: _Sliced, times: int, sure: bool, fused: bool
 ) -> Iterator[CompiledCollective]:
     kind = _kind(line)
     assert kind is not None
-    axes, group_size = _spoken_over(line, tuple(sizes.items()))
+    axes, group_size = mesh.spoken_over(line)
     if group_size == 1:
         return
     types = module.types(line.home)
-    for operand in _operands(line.rest):
+    for operand in _operands(line.rest)[: 1 if line.opcode == "send" else None]:
         for dtype, num_bytes in _arrays(types.get(operand, operand)):
             payload = num_bytes * group_size if kind == ALL_GATHER else num_bytes
             made = REDUCE_SCATTER if fused and kind == ALL_REDUCE else kind
@@ -215,86 +305,3 @@ def _arrays(text: str) -> Iterator[tuple[str, int]]:
     for dtype, dims in _SHAPE.findall(text):
         bits = _BITS.get(dtype) or int(re.sub(r"^[a-z]+(\d+).*$", r"\1", dtype))
         yield dtype, -(-math.prod(int(d) for d in dims.split(",") if d) * bits // 8)
-
-
-def _spoken_over(line: _Line, sizes: tuple[tuple[str, int], ...]) -> tuple[Axes, int]:
-    pairs = _PAIRS.search(line.rest)
-    if pairs is not None:
-        numbers = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
-        return axes_of_pairs([(int(a), int(b)) for a, b in numbers], sizes)
-    groups = _GROUPS.search(line.rest)
-    if groups is None:
-        raise ValueError(
-            f"compiled_collectives: {line.opcode} {line.name!r} states its groups of devices in a form that is not "
-            f"known: {line.rest[-700:]}"
-        )
-    return axes_of_groups(_groups(groups[1], math.prod(size for _, size in sizes)), sizes)
-
-
-def _groups(text: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
-    if text.startswith("mesh"):
-        return _groups_along(text)
-    if (iota := _IOTA.match(text)) is not None:
-        shape, reshaped = _numbers(iota[1]), _numbers(iota[2])
-        devices = np.arange(math.prod(reshaped)).reshape(reshaped)
-        devices = devices.transpose(_numbers(iota[3])) if iota[3] else devices
-        return tuple(map(tuple, devices.reshape(shape).tolist()))
-    groups = tuple(tuple(_numbers(g)) for g in re.findall(r"\{([\d,]+)\}", text))
-    return groups or (tuple(range(num_devices)),)
-
-
-def _groups_along(text: str) -> tuple[tuple[int, ...], ...]:
-    """From ``mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a':(2)2}``: along the axes in braces, of which ``(2)2`` is
-    the part of size 2 that has 2 slower places before it. The mesh is XLA's own; without ``device_ids`` its devices
-    stand in order."""
-    mesh, along = text.split("{")
-    sizes = {name: int(size) for name, _, size in _AXIS.findall(mesh.split("]")[0])}
-    chosen = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in _AXIS.findall(along)}
-    parts: list[tuple[str, int]] = []
-    for name, size in sizes.items():
-        before, length = chosen.get(name, (size, 1))
-        parts += [(f"{name} before", before), (name, length), (f"{name} after", size // (before * length))]
-    groups = np.array(_groups_of(tuple(chosen), tuple(parts)))
-    return tuple(map(tuple, _devices_in_order(mesh, math.prod(sizes.values()))[groups].tolist()))
-
-
-def _devices_in_order(text: str, num_devices: int) -> Any:
-    order = _ORDER.search(text)
-    if order is None:
-        return np.arange(num_devices)
-    if order[3]:
-        return np.array(_numbers(order[3]))
-    shape = _numbers(order[1])
-    devices = np.arange(math.prod(shape)).reshape(shape)
-    return (devices.transpose(_numbers(order[2])) if order[2] else devices).ravel()
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",") if n]
-
-
-@functools.lru_cache(maxsize=4096)
-def axes_of_groups(groups: tuple[tuple[int, ...], ...], sizes: tuple[tuple[str, int], ...]) -> tuple[Axes, int]:
-    """The axes along which the members of each group differ, () when no axes make these groups; the group's size."""
-    shape = [size for _, size in sizes]
-    places = np.array(np.unravel_index(groups[0], shape)).T
-    axes = tuple(axis for (axis, _), column in zip(sizes, places.T, strict=True) if len(set(column.tolist())) > 1)
-    made = frozenset(frozenset(group) for group in _groups_of(axes, sizes))
-    return axes if made == frozenset(map(frozenset, groups)) else (), len(groups[0])
-
-
-def _groups_of(axes: Axes, sizes: tuple[tuple[str, int], ...]) -> list[list[int]]:
-    names = [axis for axis, _ in sizes]
-    devices = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
-    order = sorted(range(len(names)), key=lambda i: names[i] in axes)
-    length = math.prod(size for axis, size in sizes if axis in axes)
-    return devices.transpose(order).reshape(-1, length).tolist()  # type: ignore[no-any-return]
-
-
-def axes_of_pairs(pairs: Sequence[tuple[int, int]], sizes: tuple[tuple[str, int], ...]) -> tuple[Axes, int]:
-    """The axes along which any device sends, and the number of devices along them."""
-    shape = [size for _, size in sizes]
-    ends = [np.array(np.unravel_index(list(side), shape)) for side in zip(*pairs, strict=True)]
-    moves = (ends[0] != ends[1]).any(axis=1).tolist() if pairs else [False] * len(sizes)
-    axes = tuple(axis for (axis, _), moved in zip(sizes, moves, strict=True) if moved)
-    return axes, math.prod(size for axis, size in sizes if axis in axes)

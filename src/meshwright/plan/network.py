@@ -93,6 +93,10 @@ class Machine:
     sizes: Mapping[str, int]
     paths: Mapping[str, Path]
     devices_per_chip: int = 1
+    topology: Topology | None = None
+    """What was described, if anything was."""
+    slow: Axes = ()
+    """The axes that were said to cross the slow network."""
 
     def path(self, axes: Axes) -> Path:
         """What a group along several axes speaks over."""
@@ -219,13 +223,14 @@ def _of_topology(topology: Topology, sizes: Mapping[str, int], slow: Axes) -> Ma
         written = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise fail(f"time: the program's mesh ({written}) has {num} devices; {topology} has {topology.num_devices}.")
     if topology.platform == "gpu":
-        return Machine(chip, sizes, _switched(sizes, topology.shape[0], topology.num_slices, slow))
-    per_chip = topology.devices_per_chip
-    return Machine(chip, sizes, _on_torus(sizes, topology, slow, chip), per_chip)
+        paths = _switched(sizes, topology.shape[0], topology.num_slices, slow)
+    else:
+        paths = _on_torus(sizes, topology, slow, chip)
+    return Machine(chip, sizes, paths, topology.devices_per_chip, topology, slow)
 
 
-def _shares(sizes: Mapping[str, int], parts: int, slow: Axes) -> dict[str, int]:
-    """Over how many parts each axis is dealt out: the slow ones in order, or else the slowest first."""
+def shares_of(sizes: Mapping[str, int], parts: int, slow: Axes) -> dict[str, int]:
+    """Over how many slices or domains each axis is dealt out: the slow ones in order, or else the slowest first."""
     left, shares = parts, {}
     for axis, size in sizes.items():
         shares[axis] = math.gcd(size, left) if axis in slow or not slow else 1
@@ -234,12 +239,12 @@ def _shares(sizes: Mapping[str, int], parts: int, slow: Axes) -> dict[str, int]:
 
 
 def _switched(sizes: Mapping[str, int], per_part: int, parts: int, slow: Axes) -> dict[str, Path]:
-    shares = _shares(sizes, parts, slow)
+    shares = shares_of(sizes, parts, slow)
     return {axis: Path(switched=size // shares[axis], parts=shares[axis]) for axis, size in sizes.items()}
 
 
 def _on_torus(sizes: Mapping[str, int], topology: Topology, slow: Axes, chip: Hardware) -> dict[str, Path]:
-    shares = _shares(sizes, topology.num_slices, slow)
+    shares = shares_of(sizes, topology.num_slices, slow)
     left, cores_left = list(topology.shape), topology.devices_per_chip
     paths: dict[str, Path] = {}
     for axis, size in reversed(list(sizes.items())):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from ..explain import path_text
 from ..mesh import Mesh
 from ..tensor import Tensor, is_tensor
 from ..topology import Topology
+from .compiled import Compiled, Planned
+from .compiling import Call, Target, compiled, largest_of, planned_memory
 from .hardware import Hardware
 from .lineage import Lineage
 from .memory import Memory, memory_of
@@ -36,6 +38,8 @@ class Plan:
     """What one call of a program does on one device. ``print`` shows it; rich shows it in colour."""
 
     program: Program
+    call: Call
+    """The function and its arguments' shapes."""
     machine: Machine | None = None
     """What it runs on: without one, nothing is known of times."""
     name: str = "the program"
@@ -113,6 +117,23 @@ class Plan:
         text = self.to_json()
         path.write_text(html(text) if path.suffix == ".html" else text, encoding="utf-8")
 
+    def compile(self, on: "str | Topology | Mesh | None" = None, options: Mapping[str, Any] | None = None) -> Compiled:
+        """The compiler's word: its memory, collectives and cycles beside the plan's, or why it refuses the program.
+
+        Args:
+            on: for a described mesh, the topology to compile for, or a mesh that has one; None: that of ``plan.on``.
+                A program on present devices is compiled for those.
+            options: XLA's, as ``jax.stages.Lowered.compile`` takes them.
+
+        Raises:
+            ValueError: no topology is known, there is no compiler for it here, or it has other devices than the mesh.
+        """
+        target = Target.of(on, self.machine, self.program)
+        scratch = target.hardware.scratch_bytes if target.hardware is not None else 0
+        memory = planned_memory(memory_of(self.program, scratch), target)
+        planned = Planned(self.name, self.program.sizes, memory, self.collectives, largest_of(self.program))
+        return compiled(self.program, self.call, target, planned, options or {})
+
     def compare(self, other: "Plan", names: tuple[str, str] = ("this", "other")) -> "Comparison":
         """This plan and another, side by side."""
         return Comparison(((names[0], self.summary), (names[1], other.summary)))
@@ -163,15 +184,15 @@ def plan(fn: Callable[..., Any], *args: Any) -> Plan:
     """
     if not callable(fn):
         raise fail_type(f"plan: expected a function, found {type(fn).__name__}. Write mw.plan(step, state, batch).")
-    compiled: Any = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
-    traced = compiled.trace(*args)
+    wrapped: Any = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
+    traced = wrapped.trace(*args)
     paths, _ = jax.tree_util.tree_flatten_with_path(args, is_leaf=is_tensor)
     leaves, about = [], []
     for path, x in paths:
         role, names = (x.role, x.names) if isinstance(x, Tensor) else ("", ())
         leaves.append(x.raw if isinstance(x, Tensor) else x)
         about.append((path_text(path), role, names))
-    return Plan(read(traced, leaves, about), _present(leaves), traced.fun_name)
+    return Plan(read(traced, leaves, about), Call.of(wrapped, args), _present(leaves), traced.fun_name)
 
 
 def _present(leaves: Sequence[Any]) -> Machine | None:

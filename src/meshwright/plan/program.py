@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from ..scope import Split
 from . import outside
@@ -131,6 +131,8 @@ class Program:
     """Every axis of the mesh, and its size."""
     unknown: tuple[Op, ...]
     """Operations outside every region whose communication is XLA's to choose."""
+    mesh: Any
+    """JAX's: one of devices where there is any, or else one that is only described; None where there is no mesh."""
 
 
 @dataclass
@@ -234,7 +236,8 @@ class _Reader:
 
     def _scan(self, eqn: Any, ins: Any, chain: Any, inside: Sizes, nodes: list[Node]) -> Sequence[Value]:
         params, closed = eqn.params, eqn.params["jaxpr"]
-        first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+        first, num_carry = _scan_parts(params)
+        last = first + num_carry
         given = [
             _like(v.aval, x, inside, self.sizes, drop=i >= last)
             for i, (v, x) in enumerate(zip(closed.jaxpr.invars, ins, strict=True))
@@ -242,7 +245,7 @@ class _Reader:
         self._stay_spread(given, ins)
         body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
         outs = tuple(
-            _like(v.aval, x, inside, self.sizes, add=i >= params["num_carry"])
+            _like(v.aval, x, inside, self.sizes, add=i >= num_carry)
             for i, (v, x) in enumerate(zip(eqn.outvars, body.outs, strict=True))
         )
         self._stay_spread(outs, body.outs)
@@ -281,6 +284,14 @@ class _Reader:
         self._stay_spread(outs, branches[0].outs)
         nodes.append(Choice(branches, ins, outs, origin_of(chain, "cond", bool(inside))))
         return outs
+
+
+def _scan_parts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs stay the same, and how many its turns hand on: as JAX 0.10 says it, or as 0.11."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "callee")
@@ -365,10 +376,11 @@ def read(traced: Any, leaves: Sequence[Any], about: Sequence[tuple[str, str, tup
     """
     reader = _Reader()
     lies = [sharded(x) for x in leaves]
-    for _, sizes in lies:
-        reader.sizes.update(sizes)
     closed = traced.jaxpr
-    _find_sizes(closed.jaxpr, reader.sizes)
+    meshes = [x.sharding.mesh for x, (_, sizes) in zip(leaves, lies, strict=True) if sizes]
+    meshes += _meshes(closed.jaxpr)
+    for mesh in meshes:
+        reader.sizes.update(mesh.shape)
     values = [_slice(v.aval, split, reader.sizes) for v, (split, _) in zip(closed.jaxpr.invars, lies, strict=True)]
     block = reader.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *values], (), {})
     block = pruned(block)
@@ -377,17 +389,19 @@ def read(traced: Any, leaves: Sequence[Any], about: Sequence[tuple[str, str, tup
         Argument(path, value, role, names, i in donated)
         for i, ((path, role, names), value) in enumerate(zip(about, values, strict=True))
     )
-    return Program(block, arguments, traced, reader.sizes, tuple(reader.unknown))
+    mesh = min(meshes, key=lambda mesh: isinstance(mesh, AbstractMesh), default=None)
+    return Program(block, arguments, traced, reader.sizes, tuple(reader.unknown), mesh)
 
 
-def _find_sizes(jaxpr: Jaxpr, sizes: Sizes) -> None:
+def _meshes(jaxpr: Jaxpr) -> Iterator[Any]:
     """Every mesh that a region or a sharding constraint is made for."""
     for eqn in jaxpr.eqns:
         mesh = eqn.params.get("mesh", getattr(eqn.params.get("sharding"), "mesh", None))
-        sizes.update(mesh.shape if mesh is not None else {})
+        if mesh is not None:
+            yield mesh
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner) and eqn.primitive.name != "shard_map":
-                _find_sizes(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner, sizes)
+                yield from _meshes(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
 
 
 def _is_jaxpr(x: Any) -> bool:
