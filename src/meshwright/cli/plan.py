@@ -23,7 +23,7 @@ from ..errors import fail
 from ..models.sizes import sized
 from ..plan import Plan
 from ..plan.plan import Comparison
-from ..train import Place, Program, Recipe
+from ..train import Checkpoints, Place, Program, Recipe
 from ..train.report import heading, show_count
 from .command import Command, model_row, open_console
 from .described import Anywhere
@@ -43,6 +43,8 @@ class PlanStep(Command):
     """A model by its size: 1b, 3b, 8b, 10b, 30b, 70b, 100b or 400b, in bfloat16, a sequence of 2048 tokens for each
     device. Any flag of a size, of the batch or the length says otherwise. None: that of mw train."""
     recipe: Recipe = field(default_factory=Recipe)
+    resume: Path | None = None
+    """A folder of checkpoints of mw train: what is not given otherwise is as that run has it."""
     compare: tuple[str, ...] = ()
     """Layouts to set side by side. What else is different about one stands behind it:
     "batch:data, ff:model | mesh=data=64, model=8 | params=data"."""
@@ -54,7 +56,11 @@ class PlanStep(Command):
     """Write the plan as JSON, and nothing else."""
 
     def defaults(self) -> Self | None:
-        """A named model, and a batch that described devices can share."""
+        """The recipe of a run; or a named model, and a batch that described devices can share."""
+        if self.resume is not None:
+            self.where.place()
+            with Checkpoints(self.resume) as checkpoints:
+                return type(self)(recipe=checkpoints.run()[0])
         if self.model is None and self.where.topology is None:
             return None
         recipe = Recipe() if self.model is None else Recipe(model=sized(self.model), batch=1, length=LENGTH)
@@ -74,6 +80,8 @@ class PlanStep(Command):
         return 0
 
     def _check(self) -> None:
+        if self.resume is not None and self.model is not None:
+            raise fail(f"--resume has a model of its own. Leave --model {self.model} out; its fields may be given.")
         if self.compare and self.where.layout is not None:
             raise fail("--compare has the layouts. Leave --layout out, or give it as one of them.")
         if len(self.compare) == 1 or len(self.compare) > len(LETTERS):
