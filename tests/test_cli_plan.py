@@ -131,6 +131,16 @@ def test_layouts_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     assert "duplicated" in {warning["kind"] for warning in found[2]["warnings"]}
 
 
+def test_what_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = written(
+        capsys, "--model=10b", "--topology=tpu:v3:4x8", "--compare", "batch:data", f"{MIXED} | params=data"
+    ).splitlines()
+    assert (
+        lines[2] == f"A         batch:data on data=64: does not fit, {12 * 9.999552512e9 / 2**30:.0f} GiB of 15.5 GiB"
+    )
+    assert lines[3].endswith("on data=8, model=8")
+
+
 def test_flags_hold_for_every_side(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_data(
         capsys, *SMALL, "--devices=8", "--compare", "batch:data", MIXED, "--params=data", "--mesh=data=4,model=2"

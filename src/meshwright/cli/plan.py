@@ -20,6 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from ..errors import fail
+from ..explain import show_bytes
 from ..models.sizes import sized
 from ..plan import Plan
 from ..plan.plan import Comparison
@@ -110,7 +111,7 @@ class PlanStep(Command):
         if self.compare:
             names = LETTERS[: len(sides)]
             for name, side in zip(names, sides, strict=True):
-                heading(console, [(name, f"{side.layout} on {side.place.mesh.text}")])
+                heading(console, [(name, f"{side.layout} on {side.place.mesh.text}{side.lack}")])
             console.print()
             console.print(Comparison(tuple((n, side.plan.summary) for n, side in zip(names, sides, strict=True))))
         else:
@@ -151,6 +152,12 @@ class Side:
     @property
     def layout(self) -> str:
         return self.place.layout.replace(strict=False).text
+
+    @property
+    def lack(self) -> str:
+        """That the devices have too little memory, where they have."""
+        there, needed = self.plan.summary.available_bytes, self.plan.summary.peak_bytes
+        return f": does not fit, {show_bytes(needed)} of {show_bytes(there)}" if there and needed > there else ""
 
     def data(self) -> dict[str, Any]:
         """All of it for a program to read."""
