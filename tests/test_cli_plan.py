@@ -172,6 +172,8 @@ MISTAKES = {
     "one side": ([*DESCRIBED, "--compare", "batch:data"], "--compare: 1 layouts. Give from 2"),
     "layouts twice": ([*DESCRIBED, "--compare", "", "", "--layout="], "Leave --layout out"),
     "a page of several": ([*DESCRIBED, "--compare", "", "", "--html=x.html"], "--html writes the page of one plan."),
+    "no page": ([*DESCRIBED, "--html=plan.json"], "the page is HTML. Write --html plan.html."),
+    "no folder": ([*DESCRIBED, "--html=not/there.html"], "there is no folder 'not'"),
     "an option": (
         [*DESCRIBED, "--compare", "", "batch:data | parms=data"],
         "no option 'parms'. Did you mean 'params'?",

@@ -89,6 +89,10 @@ class PlanStep(Command):
             raise fail(f"--compare: {len(self.compare)} layouts. Give from 2 to {len(LETTERS)}, each in quotes.")
         if self.compare and self.html is not None:
             raise fail("--html writes the page of one plan. Leave --compare out, and give the layout as --layout.")
+        if self.html is not None and self.html.suffix != ".html":
+            raise fail(f"--html {self.html}: the page is HTML. Write --html {self.html.with_suffix('.html')}.")
+        if self.html is not None and not self.html.parent.is_dir():
+            raise fail(f"--html {self.html}: there is no folder {str(self.html.parent)!r}.")
 
     def _places(self) -> list[Anywhere]:
         return [self.where.side(text) for text in self.compare] or [self.where]
