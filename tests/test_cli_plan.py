@@ -14,6 +14,7 @@ import meshwright as mw
 from meshwright.cli import main
 from meshwright.cli.place import Where
 from meshwright.cli.plan import working
+from meshwright.explain import show_bytes
 from meshwright.models import DecoderConfig
 from meshwright.models.decoder import num_parameters
 from meshwright.models.sizes import SIZES, sized
@@ -159,6 +160,40 @@ def test_a_mesh_that_is_not_written_has_the_axes_of_the_layout(num: int, sizes: 
     assert Where(mesh="data=-1").axes(num, ("data", "model")) == "data=-1"
 
 
+def test_a_page_for_the_browser_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    data = as_data(capsys, *SMALL, "--topology=tpu:v3:2x2", f"--html={page}")
+    text = page.read_text()
+    assert text.lower().startswith("<!doctype html>") and json.dumps(data["seconds"]) in text
+    assert f"html      {page}" in written(capsys, *SMALL, "--topology=tpu:v3:2x2", f"--html={page}")
+
+
+def test_the_compiler_has_its_word(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*SMALL, "--devices=8", "--compile"]
+    data = as_data(capsys, *flags, "--layout=batch:data")
+    compiled = data.pop("compiled")
+    assert data == as_data(capsys, *SMALL, "--devices=8", "--layout=batch:data")
+    assert compiled["memory"]["argument_bytes"] == pytest.approx(sum(data["held_bytes"].values()), rel=0.001)
+    sides = as_data(capsys, *flags, "--compare", "batch:data", "batch:data | params=data")
+    assert sides[0]["compiled"]["memory"] == compiled["memory"]
+    lines = written(capsys, *flags, "--compare", "batch:data", "batch:data | params=data").splitlines()
+    rows = {line.split("  ")[0].strip(): line for line in lines[lines.index("") :]}
+    held = [show_bytes(side["compiled"]["needed_bytes"]) for side in sides]
+    assert rows["the compiler"].split()[-2:] == ["A", "B"]
+    assert [line for line in lines if line.startswith("memory") and held[0] in line and held[1] in line]
+    assert held[0] != held[1]
+
+
+@pytest.mark.slow
+def test_ten_billion_parameters_fit_64_small_devices_when_they_are_split(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("libtpu")
+    sides = ["batch:data", f"{MIXED} | params=data"]
+    flags = ["--model=10b", "--topology=tpu:v3:4x8", "--compile", "--compare", *sides]
+    alone, mixed = (side["compiled"] for side in as_data(capsys, *flags))
+    assert (alone["fits"], mixed["fits"]) == (False, True)
+    assert alone["needed_bytes"] > 12 * num_parameters(sized("10b")) > 5 * mixed["needed_bytes"]
+
+
 DESCRIBED = ["--topology=tpu:v3:2x2"]
 MISTAKES = {
     "a size": (["--model=7b"], "there is no size '7b'. The nearest is '8b'"),
@@ -214,12 +249,29 @@ def counted(block: Block) -> int:
     return len(block.nodes) + sum(map(counted, bodies))
 
 
-def test_described_devices_start_no_accelerator_and_json_stands_alone() -> None:
-    flags = ["plan", *SMALL, "--topology=tpu:v3:2x2", "--json"]
+def alone(*flags: str, platforms: str | None = None) -> tuple[int, str, str]:
+    """The exit status of ``mw plan`` in a process of its own, and what it writes where."""
     environment = {name: value for name, value in clean().items() if name != "JAX_PLATFORMS"}
-    done = subprocess.run(command(*flags), env=environment, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["machine"] == "TPU v3"
+    if platforms is not None:
+        environment["JAX_PLATFORMS"] = platforms
+    arguments = command("plan", *SMALL, *flags)
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_described_devices_start_no_accelerator_and_json_stands_alone() -> None:
+    status, out, error = alone("--topology=tpu:v3:2x2", "--json")
+    assert (status, error) == (0, "")
+    assert json.loads(out)["machine"] == "TPU v3"
+    status, out, error = alone("--topology=tpu:v3:2x2")
+    assert (status, error) == (0, "")
+    assert "on TPU v3, 8 devices" in out
+
+
+def test_the_command_makes_its_own_devices() -> None:
+    status, out, error = alone("--devices=4", platforms="cpu")
+    assert (status, error) == (0, "")
+    assert "Plan of step on 4 devices: data=4" in out
 
 
 def test_a_line_on_a_terminal_says_what_takes_time(

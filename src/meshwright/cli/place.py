@@ -120,7 +120,12 @@ def place_rows(place: Place) -> Iterator[tuple[str, str]]:
     mesh = place.mesh
     processes = f", {mesh.num_processes} processes" if mesh.num_processes > 1 else ""
     yield "mesh", f"{mesh.text}: {counted(mesh.size, 'device')} ({mesh.kind}){processes}"
-    yield "layout", place.layout.replace(strict=False).text
+    yield "layout", layout_text(place)
     idle = unused_axes(place)
     if idle:
         yield "note", f"no rule uses the mesh's {', '.join(idle)}: the devices along it do the same work"
+
+
+def layout_text(place: Place) -> str:
+    """The layout as the user wrote it."""
+    return place.layout.replace(strict=False).text

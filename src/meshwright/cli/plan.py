@@ -9,30 +9,26 @@ What is planned is the step of ``mw train`` with the same flags: its model, its 
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 from ..errors import fail
-from ..explain import show_bytes
 from ..models.sizes import sized
-from ..plan import Plan
-from ..plan.plan import Comparison
-from ..train import Checkpoints, Place, Program, Recipe
+from ..train import Checkpoints, Program, Recipe
 from ..train.report import heading, show_count
 from .command import Command, model_row, open_console
 from .described import Anywhere
-from .place import place_rows
+from .place import layout_text, place_rows
+from .sides import LETTERS, Side, compiled_side_by_side, side_by_side
 
 LENGTH = 2048
 """Tokens in a sequence of a model that is named by its size."""
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +66,18 @@ class PlanStep(Command):
 
     def run(self) -> int:
         self._check()
-        sides = [self._side(where) for where in self._places()]
+        sides = [self._traced(where) for where in self._places()]
+        console = Console(quiet=True) if self.json else open_console()
+        self._show(console, sides)
+        if self.compile:
+            sides = [_compiled(side) for side in sides]
+            self._show_compiled(console, sides)
+        heading(console, self._notes(sides))
+        if self.html is not None:
+            sides[0].plan.save(self.html)
         if self.json:
             found = [{"layout": side.layout, **side.data()} for side in sides] if self.compare else sides[0].data()
             print(json.dumps(found, indent=1))
-        else:
-            self._show(open_console(), sides)
-        if self.html is not None:
-            sides[0].plan.save(self.html)
         return 0
 
     def _check(self) -> None:
@@ -97,41 +97,30 @@ class PlanStep(Command):
     def _places(self) -> list[Anywhere]:
         return [self.where.side(text) for text in self.compare] or [self.where]
 
-    def _side(self, where: Anywhere) -> "Side":
-        """Plan at one place, and compile there if that is asked for."""
+    def _traced(self, where: Anywhere) -> Side:
         place = where.place()
-        what = place.layout.replace(strict=False).text
-        with working(f"tracing {what}"):
+        with working(f"tracing {layout_text(place)}"):
             plan = Program(self.recipe, place).plan()
             plan = plan.on(where.hardware) if where.hardware is not None else plan
-            plan.summary  # noqa: B018
-        if not self.compile:
-            return Side(place, plan)
-        with working(f"compiling {what}"):
-            return Side(place, plan, plan.compile())
+            return Side(place, plan, plan.summary)
 
-    def _show(self, console: Console, sides: "list[Side]") -> None:
+    def _show(self, console: Console, sides: Sequence[Side]) -> None:
         heading(console, self._rows())
         if self.compare:
-            names = LETTERS[: len(sides)]
-            for name, side in zip(names, sides, strict=True):
-                heading(console, [(name, f"{side.layout} on {side.place.mesh.text}{side.lack}")])
+            heading(console, [(name, str(side)) for name, side in zip(LETTERS, sides, strict=False)])
             console.print()
-            console.print(Comparison(tuple((n, side.plan.summary) for n, side in zip(names, sides, strict=True))))
+            console.print(side_by_side(sides))
         else:
             heading(console, [row for row in place_rows(sides[0].place) if row[0] != "mesh"])
             console.print()
             console.print(sides[0].plan)
-        for name, side in zip(LETTERS, sides, strict=False):
-            if side.compiled is not None:
-                console.print()
-                if self.compare:
-                    console.print(Text(f"{name}  {side.layout}", "bold"))
-                console.print(side.compiled)
         console.print()
-        heading(console, self._notes(sides))
 
-    def _notes(self, sides: "list[Side]") -> Iterator[tuple[str, str]]:
+    def _show_compiled(self, console: Console, sides: Sequence[Side]) -> None:
+        console.print(compiled_side_by_side(sides) if self.compare else sides[0].compiled)
+        console.print()
+
+    def _notes(self, sides: Sequence[Side]) -> Iterator[tuple[str, str]]:
         if any(side.plan.machine is None for side in sides):
             yield "note", "--hardware h100 (another chip, or a profile of mw.calibrate) tells the time"
         if self.html is not None:
@@ -145,28 +134,9 @@ class PlanStep(Command):
         yield "step", f"batch={recipe.batch} x length={recipe.length}: {tokens} tokens{remat}"
 
 
-@dataclass(frozen=True)
-class Side:
-    """A plan, where it is for, and what the compiler said."""
-
-    place: Place
-    plan: Plan
-    compiled: Any = None
-
-    @property
-    def layout(self) -> str:
-        return self.place.layout.replace(strict=False).text
-
-    @property
-    def lack(self) -> str:
-        """That the devices have too little memory, where they have."""
-        there, needed = self.plan.summary.available_bytes, self.plan.summary.peak_bytes
-        return f": does not fit, {show_bytes(needed)} of {show_bytes(there)}" if there and needed > there else ""
-
-    def data(self) -> dict[str, Any]:
-        """All of it for a program to read."""
-        compiled = {"compiled": json.loads(self.compiled.to_json())} if self.compiled is not None else {}
-        return {**json.loads(self.plan.to_json()), **compiled}
+def _compiled(side: Side) -> Side:
+    with working(f"compiling {side.layout}"):
+        return dataclasses.replace(side, compiled=side.plan.compile())
 
 
 @contextmanager
