@@ -289,11 +289,14 @@ def test_a_line_on_a_terminal_says_what_takes_time(
 
 
 COMMANDS = [line for page in PAGES for line in re.findall(r"^mw plan .*$", (ROOT / page).read_text(), re.MULTILINE)]
+LONG = {line: [pytest.mark.slow] for line in COMMANDS if "--compile" in line}
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", [pytest.param(line, marks=LONG.get(line, [])) for line in COMMANDS])
 def test_the_commands_of_the_pages_run(
     line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    if line in LONG:
+        pytest.importorskip("libtpu")
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err

@@ -64,7 +64,7 @@ def compiled_side_by_side(sides: Sequence[Side]) -> Table:
         "fits": [_fits(c) for c in found],
         "memory": [Text(_bytes(c.needed_bytes)) for c in found],
         "  there": [Text(_bytes(c.available_bytes)) for c in found],
-        "moved by collectives": [Text(_bytes(sum(c.moved_bytes.values()) if c.memory else None)) for c in found],
+        "payload of collectives": [Text(_bytes(sum(c.moved_bytes.values()) if c.memory else None)) for c in found],
         "cycles of computation": [Text(f"{c.cycles / 1e6:,.0f} M" if c.cycles else UNKNOWN) for c in found],
         "took": [Text(f"{c.seconds:.1f} s") for c in found],
     }
