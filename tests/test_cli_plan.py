@@ -60,8 +60,8 @@ def test_a_named_model_on_described_devices(capsys: pytest.CaptureFixture[str]) 
     lines = text.splitlines()
     assert lines[0].startswith("model     1.01B parameters: layers=16, embed=2048, heads=16, ff=6144, bfloat16")
     assert lines[1] == "step      batch=8 x length=2048: 16.4k tokens, remat=nothing"
-    assert lines[2] == "layout    batch:data"
-    assert lines[4].startswith("Plan of step on TPU v3, 8 devices: data=8")
+    assert lines[2:4] == ["mesh      data=8: 8 devices (TPU v3)", "layout    batch:data"]
+    assert lines[5].startswith("Plan of step on TPU v3, 8 devices: data=8")
     # Without colours, the parts of a bar differ by their characters.
     assert {"█", "▒"} <= set(next(line for line in lines if line.startswith("time")))
     assert max(map(len, lines)) <= 100

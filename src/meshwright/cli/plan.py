@@ -72,9 +72,9 @@ class PlanStep(Command):
         if self.compile:
             sides = [_compiled(side) for side in sides]
             self._show_compiled(console, sides)
-        heading(console, self._notes(sides))
         if self.html is not None:
             sides[0].plan.save(self.html)
+        heading(console, self._notes(sides))
         if self.json:
             found = [{"layout": side.layout, **side.data()} for side in sides] if self.compare else sides[0].data()
             print(json.dumps(found, indent=1))
@@ -111,7 +111,7 @@ class PlanStep(Command):
             console.print()
             console.print(side_by_side(sides))
         else:
-            heading(console, [row for row in place_rows(sides[0].place) if row[0] != "mesh"])
+            heading(console, place_rows(sides[0].place))
             console.print()
             console.print(sides[0].plan)
         console.print()
