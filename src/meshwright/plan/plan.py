@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,8 @@ class Plan:
         on = f" on {self.machine.hardware.title}" if self.machine is not None else ""
         return f"<Plan of {self.name}{on}: {show_sizes(self.program.sizes) or 'one device'}>"
 
-    def __rich_console__(self, console: Console, _: ConsoleOptions) -> Iterator[RenderableType]:
-        yield page(self.summary, plain=console.color_system is None)
+    def __rich_console__(self, console: Console, _: ConsoleOptions) -> Sequence[RenderableType]:
+        return [page(self.summary, plain=console.color_system is None)]
 
     def __str__(self) -> str:
         return as_text(page(self.summary, plain=True))
