@@ -33,6 +33,7 @@ from .checked import execute_annotations
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # All eight are made now: a command that is run in a test may ask for fewer, and only the first is heard.
 
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")

@@ -69,6 +69,12 @@ def test_a_run_saves_goes_on_elsewhere_and_writes(tmp_path: Path, capsys: pytest
     assert "mesh      data=8: 8 devices" in written and "going on from step 12" in written
     assert "layers=1, embed=16, heads=2, ff=32" in written and "step 14/14" in written
 
+    assert main(["plan", f"--resume={folder}", "--topology=tpu:v3:2x2", "--ff=64", "--layout=batch:data"]) == 0
+    written = capsys.readouterr().out
+    assert "layers=1, embed=16, heads=2, ff=64" in written and "batch=8 x length=16" in written
+    assert main(["plan", f"--resume={folder}", "--topology=tpu:v3:2x2", "--model=1b"]) == 2
+    assert "Leave --model 1b out" in capsys.readouterr().err
+
     assert main(["generate", f"--from={folder}", "--prompt=import ", "--tokens=3", "--devices=2"]) == 0
     assert capsys.readouterr().out.startswith("import ")
 

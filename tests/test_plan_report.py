@@ -48,6 +48,10 @@ def test_bars_are_told_apart_without_colours_and_coloured_with() -> None:
     assert "█" in bar
     assert "#" not in bar
     assert "\x1b[38;5;" in bar
+    colourless = Console(file=io.StringIO(), width=100, color_system=None)
+    with colourless.capture() as captured:
+        colourless.print(plan_of(MIXED).on(MESH))
+    assert captured.get().split() == str(plan_of(MIXED).on(MESH)).split()
 
 
 def test_without_a_machine_times_are_not_available() -> None:

@@ -168,7 +168,7 @@ class Devices:
         if platform == "tpu" and what == "slices" and len(parts) > 1:
             raise fail(
                 f"Mesh: the devices are in {len(parts)} slices. Say which axis crosses the slow network between them: "
-                "mw.Mesh(..., dcn='data')."
+                "mw.Mesh(..., dcn='data'), or --dcn data for the commands."
             )
 
     def _virtual(self) -> bool:

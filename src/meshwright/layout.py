@@ -211,6 +211,12 @@ class Layout:
         every = (*self.pairs, *self.params.pairs, *self.optimizer.pairs)
         return tuple(dict.fromkeys(name for name, _ in every))
 
+    @property
+    def known_axes(self) -> Axes:
+        """Every axis that a rule of this layout speaks of."""
+        compute = (axis for _, axes in self.pairs for axis in axes)
+        return tuple(dict.fromkeys((*compute, *self.params.known_axes, *self.optimizer.known_axes)))
+
     def check(self, mesh: Mesh) -> None:
         """Hold the layout against a mesh.
 

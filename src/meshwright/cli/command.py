@@ -8,6 +8,10 @@ import jax
 from rich.console import Console
 from rich.text import Text
 
+from ..models import DecoderConfig
+from ..models.decoder import num_parameters
+from ..train.report import show_count
+
 PROMPT = "def __init__(self"
 """What text begins with when the user does not say: the text that is there by default is Python."""
 
@@ -36,3 +40,10 @@ def open_console() -> Console:
 def show_sample(console: Console, prompt: str, written: str) -> None:
     """The prompt, then what a model wrote after it."""
     console.print(Text.assemble((prompt, "bold"), written), soft_wrap=True)
+
+
+def model_row(model: DecoderConfig) -> tuple[str, str]:
+    """A model, as the word for it and what it is."""
+    group = f" x group={model.group}" if model.group > 1 else ""
+    sizes = f"layers={model.layers}, embed={model.embed}, heads={model.heads}{group}, ff={model.ff}, {model.dtype}"
+    return "model", f"{show_count(num_parameters(model))} parameters: {sizes}"

@@ -15,9 +15,10 @@ import tyro
 from .. import errors
 from .command import Command
 from .generate import Generate
+from .plan import PlanStep
 from .train import Train
 
-COMMANDS: dict[str, type[Command]] = {"train": Train, "generate": Generate}
+COMMANDS: dict[str, type[Command]] = {"train": Train, "plan": PlanStep, "generate": Generate}
 MISTAKE = 2
 """The exit status when what was asked for cannot be done."""
 INTERRUPTED = 130

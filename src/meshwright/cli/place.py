@@ -11,10 +11,16 @@ from ..devices import present
 from ..errors import fail
 from ..layout import Layout
 from ..mesh import Mesh, counted
+from ..scope import Axes
 from ..train import Place
 
 DEFAULT_RULES = "batch:data"
 DEFAULT_PARAMS = "data"
+DATA, MODEL = "data", "model"
+"""The axes of a mesh that the user does not write."""
+WIDEST_MODEL = 8
+"""How long the second of them is at most: as many as the devices that one fast network joins, and a usual number of
+key/value heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +31,10 @@ class Where:
     """How many devices to use. Where there is no accelerator, so many virtual CPU devices are made. None: all that
     there are."""
     mesh: str | None = None
-    """Axes and their sizes: "data=4, model=2". None: every device on one axis, "data"."""
+    """Axes and their sizes: "data=4, model=2". None: every device on one axis, "data"; where the layout names "model"
+    as well, up to 8 on that."""
+    dcn: str | None = None
+    """The axes that cross the slow network between slices or processes: "pod", "(pod,data)"."""
     layout: str | None = None
     """Which dims are split over which axes: "batch:data, heads:model, ff:model, vocab:model". None: "batch:data", with
     the parameters split over "data" at rest (FSDP) unless PARAMS says otherwise."""
@@ -50,11 +59,15 @@ class Where:
         Raises:
             ValueError: there are fewer devices, the mesh does not fit them, or the layout does not fit the mesh.
         """
-        devices = find_devices(self.devices)
-        chosen = devices if len(devices) < jax.device_count() else None
-        mesh = Mesh(self.mesh if self.mesh is not None else {"data": len(devices)}, chosen)
+        layout = self.make_layout()
+        mesh = self.make_mesh(layout.known_axes)
+        layout.check(mesh)
+        return Place(mesh, layout, self.partitioner)
+
+    def make_layout(self) -> Layout:
+        """The layout, which knows no mesh yet."""
         params = self.params if self.params is not None or self.layout is not None else DEFAULT_PARAMS
-        layout = Layout(
+        return Layout(
             self.layout if self.layout is not None else DEFAULT_RULES,
             params=params,
             optimizer=self.optimizer,
@@ -62,8 +75,21 @@ class Where:
             sums=self.sums,
             strict=True,
         )
-        layout.check(mesh)
-        return Place(mesh, layout, self.partitioner)
+
+    def make_mesh(self, named: Axes) -> Mesh:
+        """The mesh of present devices, for a layout that names these axes."""
+        devices = find_devices(self.devices)
+        chosen = devices if len(devices) < jax.device_count() else None
+        return Mesh(self.axes(len(devices), named), chosen, dcn=self.dcn or ())
+
+    def axes(self, num: int, named: Axes) -> str | dict[str, int]:
+        """The axes of a mesh of ``num`` devices, as they are asked for or as the named axes need them."""
+        if self.mesh is not None:
+            return self.mesh
+        if MODEL not in named:
+            return {DATA: num}
+        width = max(n for n in range(1, WIDEST_MODEL + 1) if num % n == 0 and n * n <= num)
+        return {DATA: num // width, MODEL: width}
 
 
 def find_devices(number: int | None) -> Sequence[Any]:
@@ -86,11 +112,7 @@ def find_devices(number: int | None) -> Sequence[Any]:
 
 def unused_axes(place: Place) -> list[str]:
     """The mesh's axes over which nothing is split: all devices along them do the same work."""
-    layout = place.layout
-    used = {axis for _, axes in layout.pairs for axis in axes} | {
-        *layout.params.known_axes,
-        *layout.optimizer.known_axes,
-    }
+    used = place.layout.known_axes
     return [axis for axis, size in place.mesh.axes.items() if size > 1 and axis not in used]
 
 
@@ -99,7 +121,12 @@ def place_rows(place: Place) -> Iterator[tuple[str, str]]:
     mesh = place.mesh
     processes = f", {mesh.num_processes} processes" if mesh.num_processes > 1 else ""
     yield "mesh", f"{mesh.text}: {counted(mesh.size, 'device')} ({mesh.kind}){processes}"
-    yield "layout", place.layout.replace(strict=False).text
+    yield "layout", layout_text(place)
     idle = unused_axes(place)
     if idle:
         yield "note", f"no rule uses the mesh's {', '.join(idle)}: the devices along it do the same work"
+
+
+def layout_text(place: Place) -> str:
+    """The layout as the user wrote it."""
+    return place.layout.replace(strict=False).text

@@ -15,10 +15,9 @@ from typing import Self
 
 from rich.console import Console
 
-from ..models.decoder import num_parameters
 from ..train import Checkpoints, Data, Intervals, Program, Recipe, Report, Sampling, Trainer, generate, read
 from ..train.report import UNKNOWN, heading, show_count, show_seconds
-from .command import PROMPT, Command, open_console, show_sample
+from .command import PROMPT, Command, model_row, open_console, show_sample
 from .place import Where, place_rows
 
 STOPPED = 130
@@ -96,11 +95,10 @@ class Train(Command):
 
 
 def _rows(program: Program, data: Data, done: int) -> Iterator[tuple[str, str]]:
-    recipe, model = program.recipe, program.recipe.model
+    recipe = program.recipe
     tokens = f"{show_count(data.training.tokens.size)} to train on, {show_count(data.held_out.tokens.size)} held out"
     yield "tokens", f"{tokens}, of a vocabulary of {data.tokenizer.size}"
-    sizes = f"layers={model.layers}, embed={model.embed}, heads={model.heads}, ff={model.ff}, {model.dtype}"
-    yield "model", f"{show_count(num_parameters(model))} parameters: {sizes}"
+    yield model_row(recipe.model)
     going_on = f", going on from step {done}" if done else ""
     yield "steps", f"{recipe.steps} of batch={recipe.batch} x length={recipe.length} tokens{going_on}"
 

@@ -130,8 +130,10 @@ class Hardware:
         """The one machine that a file describes, as ``mw.calibrate`` writes it.
 
         Raises:
-            ValueError: the file does not describe one machine, or a field is unknown.
+            ValueError: there is no such file, it does not describe one machine, or a field is unknown.
         """
+        if not Path(path).is_file():
+            raise fail(f"hardware: there is no file {str(path)!r}. mw.calibrate(path={str(path)!r}) writes it.")
         chips = _chips(Path(path).read_text(), str(path))
         if len(chips) != 1:
             raise fail(f"hardware: {path} describes {len(chips)} machines; a profile describes one.")

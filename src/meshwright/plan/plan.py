@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 
 from ..devices import show_sizes
 from ..errors import fail, fail_type
@@ -142,8 +142,8 @@ class Plan:
         on = f" on {self.machine.hardware.title}" if self.machine is not None else ""
         return f"<Plan of {self.name}{on}: {show_sizes(self.program.sizes) or 'one device'}>"
 
-    def __rich__(self) -> RenderableType:
-        return page(self.summary)
+    def __rich_console__(self, console: Console, _: ConsoleOptions) -> Sequence[RenderableType]:
+        return [page(self.summary, plain=console.color_system is None)]
 
     def __str__(self) -> str:
         return as_text(page(self.summary, plain=True))

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ..errors import fail
+from ..plan import Plan, plan
 from .checkpoint import Checkpoints
 from .data import Batch, Batches, Windows, batch_dims
 from .interrupt import Stop
@@ -82,10 +83,18 @@ class Program:
         """The batches of ``windows``: shuffled by ``seed``, or in order where it is None."""
         return Batches(windows, self.recipe.batch, self.place.mesh, self.place.layout, seed)
 
+    def batch_shapes(self) -> Batch:
+        """A batch's shapes and where its slices lie."""
+        return self.place.shard(Batch.shapes(batch_dims(self.recipe.batch, self.recipe.length)))
+
     def check(self) -> None:
         """Trace a step on shapes: whatever is wrong with the layout is an error now, before any work is done."""
-        dims = batch_dims(self.recipe.batch, self.recipe.length)
-        jax.eval_shape(self.step, self.shapes(), Batch.shapes(dims))
+        jax.eval_shape(self.step, self.shapes(), self.batch_shapes())
+
+    def plan(self) -> Plan:
+        """What a step will do, read from its trace; the mesh may be one that is only described."""
+        found = plan(self.step, self.shapes(), self.batch_shapes())
+        return found.on(self.place.mesh) if self.place.mesh.topology is not None else found
 
     def evaluator(self, windows: Windows) -> Callable[[State], float]:
         """A function of a state to the held-out loss. Text that does not fill its batches is read again."""

@@ -1,0 +1,83 @@
+"""Sides: plans that stand beside one another, each at its place, and what the compiler said of each."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from ..explain import show_bytes
+from ..plan import Plan
+from ..plan.compiled import Compiled
+from ..plan.plan import Comparison
+from ..plan.summary import Summary
+from ..train import Place
+from .place import layout_text
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""The names of sides: layouts are too long to stand over a column."""
+UNKNOWN = "N/A"
+
+
+@dataclass(frozen=True)
+class Side:
+    """A plan, where it is for, and what the compiler said."""
+
+    place: Place
+    plan: Plan
+    summary: Summary
+    compiled: Compiled | None = None
+
+    @property
+    def layout(self) -> str:
+        """As the user wrote it."""
+        return layout_text(self.place)
+
+    def __str__(self) -> str:
+        """The layout on its mesh, and that the devices have too little memory, where they have."""
+        there, needed = self.summary.available_bytes, self.summary.peak_bytes
+        lack = f": does not fit, {show_bytes(needed)} of {show_bytes(there)}" if there and needed > there else ""
+        return f"{self.layout} on {self.place.mesh.text}{lack}"
+
+    def data(self) -> dict[str, Any]:
+        """All of it for a program to read."""
+        compiled = {"compiled": json.loads(self.compiled.to_json())} if self.compiled is not None else {}
+        return {**json.loads(self.plan.to_json()), **compiled}
+
+
+def side_by_side(sides: Sequence[Side]) -> Comparison:
+    """The plans' figures."""
+    return Comparison(tuple((name, side.summary) for name, side in zip(LETTERS, sides, strict=False)))
+
+
+def compiled_side_by_side(sides: Sequence[Side]) -> Table:
+    """What the compiler said of each side."""
+    table = Table(show_edge=False, pad_edge=False, box=SIMPLE_HEAD, header_style="dim")
+    table.add_column("the compiler")
+    found = [side.compiled for side in sides if side.compiled is not None]
+    for name in LETTERS[: len(found)]:
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = {
+        "fits": [_fits(c) for c in found],
+        "memory": [Text(_bytes(c.needed_bytes)) for c in found],
+        "  there": [Text(_bytes(c.available_bytes)) for c in found],
+        "payload of collectives": [Text(_bytes(sum(c.moved_bytes.values()) if c.memory else None)) for c in found],
+        "cycles of computation": [Text(f"{c.cycles / 1e6:,.0f} M" if c.cycles else UNKNOWN) for c in found],
+        "took": [Text(f"{c.seconds:.1f} s") for c in found],
+    }
+    for label, cells in rows.items():
+        table.add_row(Text(label, "dim" * label.startswith(" ")), *cells)
+    return table
+
+
+def _fits(compiled: Compiled) -> Text:
+    if compiled.fits is None:
+        return Text(UNKNOWN)
+    return Text("yes", "green") if compiled.fits else Text("no", "bold red")
+
+
+def _bytes(num: int | None) -> str:
+    return show_bytes(num) if num is not None else UNKNOWN
