@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import meshwright as mw
@@ -154,6 +155,36 @@ def test_a_custom_gradient_of_a_parameter_at_rest(role: bool) -> None:
     plain = jax.grad(lambda w: mw.sum(mw.sin(mw.dot(X_AB, w, over="b"))))(w)
     found = jax.grad(lambda w: mw.sum(_sine_of_product(w, X_AB)))(w)
     assert jnp.allclose(found.array, plain.array, rtol=1e-5, atol=1e-5)
+
+
+def test_a_region_composes_with_jaxs_transformations_alone_and_inside_a_trace() -> None:
+    """Alone it is compiled as a whole; under ``jax.jit`` it is traced with what surrounds it."""
+    x, w = tensor(A, B), tensor(B, mw.Dim("d", 8), seed=1, role="parameter")
+    tree = jax.tree.structure(w)
+
+    def loss(w: Any, x: Any) -> Any:
+        return mw.mean(mw.silu(mw.dot(x, w, "b")))
+
+    def stacked(f: Any) -> Any:
+        return jax.vmap(lambda a: f(jax.tree.unflatten(tree, [a]), x))(jnp.stack([w.raw, w.raw * 2.0]))
+
+    def outcomes(f: Any) -> list[Any]:
+        slope = jax.grad(f)
+        return [
+            jax.jvp(lambda w: f(w, x), (w,), (w,)),
+            jax.jvp(lambda w: slope(w, x), (w,), (w,)),
+            jax.linearize(lambda w: f(w, x), w)[1](w),
+            jax.grad(jax.checkpoint(f))(w, x),
+            jax.lax.scan(lambda carry, _: (carry + slope(w, x).raw, None), jnp.zeros((8, 8)), None, length=2)[0],
+            stacked(f),
+            stacked(slope),
+        ]
+
+    expected = jax.tree.leaves(outcomes(loss))
+    region = Way("x=2,y=2", "a:x", {"params": "d:y"}).region(loss)
+    for found in (outcomes(region), jax.jit(lambda: outcomes(region))()):
+        for a, b in zip(jax.tree.leaves(found), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_backward_rule_is_held_against_its_arguments() -> None:

@@ -14,7 +14,7 @@ import xarray
 
 import meshwright as mw
 from meshwright import Tensor
-from meshwright.ops import elementwise
+from meshwright.ops import elementwise, kin
 
 from .laws import ABC, Way, agree, tensor, ways
 from .stablehlo import counted
@@ -238,6 +238,53 @@ def test_where_takes_names_from_any_of_the_three() -> None:
         given = [_as_xarray(o, o.dtype != jnp.bool_) if isinstance(o, Tensor) else o for o in operands]
         _check_values(found, xarray.apply_ufunc(np.where, *given), str(operands))
         assert found.names == ("c", "b", "a")
+
+
+# Their kin in jax.lax
+
+
+def test_kin_gives_to_the_bit_what_the_function_gives() -> None:
+    """Values, dtype and gradient, of floats of one dtype and of operands that have to be promoted first."""
+    rng = np.random.default_rng(0)
+    x, row = (jnp.asarray(rng.uniform(0.5, 2.0, shape), jnp.float32) for shape in ((4, 3), (1, 3)))
+    tie, narrow, whole, weak = x.at[0].set(row[0]), x.astype(jnp.bfloat16), x.astype(jnp.int32), jnp.full((4, 3), 2.0)
+    assert weak.weak_type
+    pairs = [(x, row), (tie, row), (narrow, narrow), (narrow, 2), (1.5, x), (x, jnp.float32(2)), (weak, 2.0)]
+    promoted = [(x, narrow), (whole, 2), (whole, 1.5), (x, True), (x, np.float32(2)), (weak, narrow)]
+    with jax.numpy_dtype_promotion("standard"):
+        for function, _ in kin.KIN:
+            for operands in (*pairs, *promoted) if function.__name__ in BINARY else ((x,), (narrow,), (weak,)):
+                _alike(lambda *a, f=function: kin.applied(f, a), function, operands)
+        for a, b in (*pairs, *promoted):
+            _alike(lambda *a: kin.applied(jnp.where, a), jnp.where, (tie > row, a, b))
+
+
+def _alike(found: Callable[..., Any], expected: Callable[..., Any], operands: tuple[Any, ...]) -> None:
+    a, b = found(*operands), expected(*operands)
+    assert (a.dtype, a.weak_type) == (b.dtype, b.weak_type), (expected, operands)
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    floats = tuple(i for i, o in enumerate(operands) if jnp.issubdtype(jnp.result_type(o), jnp.floating))
+    if floats and jnp.issubdtype(a.dtype, jnp.floating):
+        slopes = (jax.grad(lambda *x, f=f: jnp.sum(f(*x)).astype(float), floats)(*operands) for f in (found, expected))
+        jax.tree.map(np.testing.assert_array_equal, *slopes)
+
+
+def test_a_function_of_floats_alike_is_no_trace_of_its_own() -> None:
+    x, row = tensor(A, B), tensor(B, seed=1)
+    text = str(jax.make_jaxpr(lambda x, row: mw.where(x > 0, mw.silu(x * row + 1.0), -1.0).array)(x, row))
+    assert "select_n" in text and "logistic" in text and "silu" not in text and "_where" not in text
+
+
+def test_any_function_can_be_lifted() -> None:
+    """One that cannot be hashed too."""
+
+    class Scale:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, x: Any) -> Any:
+            return x * 2.0
+
+    np.testing.assert_array_equal(mw.lift(Scale(), "scale")(_row(1, 2)).array, [2, 4])
 
 
 # Gradients

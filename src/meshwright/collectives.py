@@ -54,7 +54,7 @@ def vary(x: Array, axes: frozenset[str]) -> Array:
 
 def index(axes: Axes) -> Array:
     """This device's position along ``axes``: an int32 scalar."""
-    return lax.axis_index(axes)
+    return lax.axis_index(axes[0] if len(axes) == 1 else axes)
 
 
 def all_sum(x: Array, axes: Axes, dtype: str | None = None) -> Array:

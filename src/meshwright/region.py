@@ -69,7 +69,8 @@ def spmd(
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled(*region.enter((args, kwargs)))
+        given = region.enter((args, kwargs))
+        return region.run(*given) if _tracing() else compiled(*given)
 
     return call
 
@@ -84,6 +85,12 @@ def _check_order(fn: Any, mesh: Any, layout: Any) -> None:
     raise fail_type(
         f"spmd: expected a function, a mesh and a layout, found {found}.{hint} Write mw.spmd(fn, mesh, layout)."
     )
+
+
+def _tracing() -> bool:
+    """Whether a function is being traced as a whole, as under ``jax.jit`` and ``jax.eval_shape``: nothing runs then,
+    and a region is traced with what surrounds it. (``jax.grad`` alone runs each operation.)"""
+    return isinstance(jnp.zeros(()), Tracer)
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ class Region:
 
     def _check_present(self) -> None:
         """A described mesh has no devices to run on; under a trace, as of ``jax.eval_shape``, nothing runs."""
-        if isinstance(self.scope.mesh, AbstractMesh) and not isinstance(jnp.zeros(()), Tracer):
+        if isinstance(self.scope.mesh, AbstractMesh) and not _tracing():
             sizes = ", ".join(f"{axis}={size}" for axis, size in self.scope.sizes)
             raise fail(
                 f"spmd: the mesh ({sizes}) is only described: it has no devices to run on. Trace the region with "

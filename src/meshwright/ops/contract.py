@@ -239,4 +239,4 @@ def _run_chain(
     array = pool[0]
     if not chain.steps and preferred_element_type is not None:
         array = array.astype(preferred_element_type)
-    return array if names == chain.out else jnp.transpose(array, [names.index(n) for n in chain.out])
+    return array if names == chain.out else jax.lax.transpose(array, [names.index(n) for n in chain.out])

@@ -22,6 +22,7 @@ from ..dims import Dims, show, union
 from ..errors import fail, fail_type
 from ..scope import mapped_axes
 from ..tensor import ACTIVATION, Role, Tensor, make, operator
+from .kin import applied
 from .lowering import align, check_operand, copied, operand_list, run, wanted
 
 
@@ -72,7 +73,7 @@ def _elementwise(asked: str, function: Callable[..., Any], operands: Sequence[An
                 aligned.append(align(array, tensor.dims, out))
             else:
                 aligned.append(x)
-        return function(*aligned)
+        return applied(function, aligned)
 
     want = wanted(asked, out)
     copies = copied(tensors, want)
@@ -122,7 +123,7 @@ def _on_held(
 
     def on_arrays(*arrays: Any) -> Any:
         given = iter(arrays)
-        return function(*(align(next(given), x.dims, out) if isinstance(x, Tensor) else x for x in operands))
+        return applied(function, [align(next(given), x.dims, out) if isinstance(x, Tensor) else x for x in operands])
 
     t = make(
         on_arrays(*(x.held for x in tensors)), out, asked=asked, role=role, rest=first.rest, partial=first.pending,

@@ -116,19 +116,21 @@ def as_int32(ids: Any, size: int) -> Any:
     info = jnp.iinfo(ids.dtype)
     if info.bits > 32 or (info.bits == 32 and info.min == 0):
         ids = jnp.clip(ids, max(int(info.min), -size - 1), size)
-    return ids.astype(jnp.int32)
+    return lax.convert_element_type(ids, jnp.int32)
 
 
 def from_start(ids: Any, size: int) -> Any:
     """Positions counted from the start: negative ids count from the end."""
     positions = as_int32(ids, size)
-    return jnp.where(positions < 0, positions + size, positions)
+    return lax.select(lax.lt(positions, np.int32(0)), lax.add(positions, np.int32(size)), positions)
 
 
-def first_held(d: Dim, asked: str) -> Any:
-    """The first position along ``d`` that this device holds."""
+def from_first_held(positions: Any, d: Dim, asked: str) -> Any:
+    """Positions counted from the first one along ``d`` that this device holds."""
     split = axes_of(d)
-    return collectives.index(split[1]) * local_sizes((d,), asked)[0] if split is not None else 0
+    if split is None:
+        return positions
+    return lax.sub(positions, lax.mul(collectives.index(split[1]), np.int32(local_sizes((d,), asked)[0])))
 
 
 def all_axes(these: Iterable[Dim]) -> Axes:

@@ -21,6 +21,7 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .. import collectives
@@ -29,7 +30,7 @@ from ..errors import fail, fail_type
 from ..scope import Axes, current_manual
 from ..tensor import Tensor, make, operator
 from .elementwise import astype
-from .ids import Ids, Meeting, all_axes, as_int32, check_ids, dims_of, first_held, from_start
+from .ids import Ids, Meeting, all_axes, as_int32, check_ids, dims_of, from_first_held, from_start
 from .lowering import align, check_operand, run, wanted
 from .making import places
 
@@ -148,17 +149,23 @@ def _looked_up(array: Any, columns: list[Any], meeting: Meeting, split: Axes) ->
     shape = jnp.broadcast_shapes(*(c.shape for c in columns))
     columns = [c if c.shape == shape else jnp.broadcast_to(c, shape) for c in columns]
     indexed = [find(meeting.whole, name, "gather") for name in meeting.names]
-    here = [lax.expand_dims(c - first_held(d, "gather"), [c.ndim]) for c, d in zip(columns, indexed, strict=True)]
+    held = (from_first_held(c, d, "gather") for c, d in zip(columns, indexed, strict=True))
+    here = [lax.expand_dims(c, [c.ndim]) for c in held]
     positions = lax.concatenate(here, here[0].ndim - 1) if len(here) > 1 else here[0]
     missing = _missing(array.dtype)
     if not split:
         return meeting.read(array, positions, missing)
     rows = meeting.read(array, positions, 0)
-    outside = functools.reduce(jnp.logical_or, ((c < 0) | (c >= d.size) for c, d in zip(columns, indexed, strict=True)))
-    # One of the devices that are summed over says that an id is outside; the others add zeros.
-    said = outside & (collectives.index(split) == 0)
-    said = lax.expand_dims(said, range(said.ndim, rows.ndim))
-    return _scattered_back(jnp.where(said, jnp.asarray(missing, rows.dtype), rows), meeting)
+    outside = functools.reduce(lax.bitwise_or, map(_is_outside, columns, indexed))
+    if not jnp.issubdtype(rows.dtype, jnp.inexact):  # NaN may be added up; of these one device alone says it
+        outside = lax.bitwise_and(outside, lax.eq(collectives.index(split), np.int32(0)))
+    said = lax.select(outside, lax.full(shape, missing, rows.dtype), lax.full(shape, 0, rows.dtype))
+    return _scattered_back(lax.add(rows, lax.expand_dims(said, range(said.ndim, rows.ndim))), meeting)
+
+
+def _is_outside(positions: Any, d: Dim) -> Any:
+    """Whether positions lie outside ``d``: as an unsigned number, one below zero is beyond every size."""
+    return lax.ge(lax.bitcast_convert_type(positions, jnp.uint32), np.uint32(d.size))
 
 
 def _scattered_back(rows: Any, meeting: Meeting) -> Any:

@@ -140,7 +140,7 @@ def _leading(x: Any, d: Dim, where: str) -> tuple[Any, Held]:
         across = scope.axes_of(d.name) + (form.rest[at] if form.rest else ())
         if across:
             array = collectives.gather_equal(array, across, at)
-    return jnp.moveaxis(array, at, 0), form.without(at)
+    return jnp.moveaxis(array, at, 0) if at else array, form.without(at)
 
 
 def _stacked(packing: Packing, arrays: Sequence[Any], d: Dim) -> Any:

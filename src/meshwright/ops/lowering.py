@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 
@@ -143,7 +142,7 @@ def align(array: Any, have: Dims, out: Dims) -> Any:
         return array
     order = [i for d in out for i, h in enumerate(have) if h.name == d.name]
     if order != sorted(order):
-        array = jnp.transpose(array, order)
+        array = jax.lax.transpose(array, order)
     held = names_of(have)
     missing = [i for i, d in enumerate(out) if d.name not in held]
     return jax.lax.expand_dims(array, missing) if missing else array

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from .. import collectives
 from ..dims import Dim, as_dim, as_dims, show
@@ -31,16 +33,16 @@ def places(d: Dim, asked: str, joined: Axes = ()) -> jax.Array:
     """
     split = axes_of(d)
     if split is None:
-        return jax.lax.iota(jnp.int32, d.size)
+        return lax.iota(jnp.int32, d.size)
     scope, axes = split
     stride = local_sizes((d,), asked)[0]
-    held = jax.lax.iota(jnp.int32, stride)
+    held = lax.iota(jnp.int32, stride)
     for axis in reversed(axes):
         size = scope.size((axis,))
         if axis in joined:
-            held = (jax.lax.iota(jnp.int32, size)[:, None] * stride + held[None, :]).reshape(-1)
+            held = (lax.iota(jnp.int32, size)[:, None] * stride + held[None, :]).reshape(-1)
         else:
-            held = held + collectives.index((axis,)) * stride
+            held = lax.add(held, lax.mul(collectives.index((axis,)), np.int32(stride)))
         stride *= size
     return held
 
@@ -55,8 +57,14 @@ def arange(dim: Dim, start: Any = 0, step: Any = 1, dtype: Any = None) -> Any:
     dim = as_dim(dim, "arange")
     _check_scalars("arange", start=start, step=step)
     kind = jnp.result_type(start, step) if dtype is None else dtype
-    held = jnp.asarray(start, kind) + jnp.asarray(step, kind) * places(dim, "arange").astype(kind)
-    return make(held, (dim,), asked="arange")
+    held = lax.convert_element_type(places(dim, "arange"), kind)
+    if not _is_number(step, 1):
+        held = jnp.asarray(step, kind) * held
+    return make(held if _is_number(start, 0) else jnp.asarray(start, kind) + held, (dim,), asked="arange")
+
+
+def _is_number(x: Any, number: int) -> bool:
+    return isinstance(x, int) and x == number
 
 
 def linspace(dim: Dim, start: Any, stop: Any, *, endpoint: bool = True, dtype: Any = jnp.float32) -> Any:
@@ -130,8 +138,9 @@ def causal_mask(queries: Dim, keys: Dim, *, start: Any = 0, window: int | None =
         raise fail(f"causal_mask: window={window}; a query sees at least 1 key, its own. None is no limit.")
 
     def visible(query: jax.Array, key: jax.Array) -> jax.Array:
-        distance = query + jnp.asarray(start, jnp.int32) - key
-        return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        first = query if _is_number(start, 0) else query + jnp.asarray(start, jnp.int32)
+        seen = lax.ge(first, key)
+        return seen if window is None else seen & (first - key < window)
 
     return _compare("causal_mask", queries, keys, visible)
 
@@ -140,7 +149,8 @@ def _compare(asked: str, rows: Dim, cols: Dim, function: Any) -> Any:
     """A function of the row and the column of each place of a two-dimensional tensor."""
     these = as_dims((rows, cols), asked)
     local_sizes(these, asked)
-    return make(function(places(rows, asked)[:, None], places(cols, asked)[None, :]), these, asked=asked)
+    row, col = lax.expand_dims(places(rows, asked), [1]), lax.expand_dims(places(cols, asked), [0])
+    return make(function(row, col), these, asked=asked)
 
 
 def _check_scalars(asked: str, **values: Any) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from .. import collectives
 from ..dims import Names, find, num_elements, show, without
@@ -68,7 +70,18 @@ def sum(x: Any, over: Names | None = None, *, dtype: Any = None) -> Any:
     """The sum over dims: a name, several, or all when None. Integers and booleans add up as in NumPy."""
     if dtype is not None and jnp.dtype(dtype) == jnp.bool_:
         return any(x, over)
-    return _reduce("sum", x, over, lambda array, where: jnp.sum(array, where, dtype=dtype), None)
+
+    def local(array: Any, where: tuple[int, ...]) -> Any:
+        plain = dtype is None and jnp.issubdtype(array.dtype, jnp.inexact)
+        return _added(array, where) if plain else jnp.sum(array, where, dtype=dtype)
+
+    return _reduce("sum", x, over, local, None)
+
+
+def _added(array: Any, where: tuple[int, ...]) -> Any:
+    """The sum of floats along positions, computed in float32 at least: ``jnp.sum``, without a trace of its own."""
+    total = lax.reduce_sum(lax.convert_element_type(array, _wide(array.dtype)), where)
+    return lax.convert_element_type(total, array.dtype)
 
 
 @operator("mean")
@@ -81,7 +94,9 @@ def mean(x: Any, over: Names | None = None, *, dtype: Any = None) -> Any:
 
     def local(array: Any, where: tuple[int, ...]) -> Any:
         kind = jnp.dtype(dtype or _inexact(array.dtype))
-        return (jnp.sum(array, where, dtype=_wide(kind)) / float(count)).astype(kind)
+        wide = _wide(kind)
+        total = lax.reduce_sum(lax.convert_element_type(array, wide), where)
+        return lax.convert_element_type(lax.div(total, np.asarray(count, wide)), kind)
 
     return _reduce("mean", x, over, local, None)
 
@@ -177,7 +192,7 @@ def _keys(x: Any, beyond: bool) -> Any:
     floats across devices. A negative float's bits grow with its distance from zero, so those but the sign's turn."""
     wide = x.astype(_wide(x.dtype))
     kind = jnp.iinfo(jnp.int64 if wide.dtype.itemsize == 8 else jnp.int32)
-    bits = jax.lax.bitcast_convert_type(wide, kind.dtype)
+    bits = lax.bitcast_convert_type(wide, kind.dtype)
     keys = jnp.where(bits < 0, bits ^ kind.max, bits)
     return jnp.where(jnp.isnan(wide), kind.max if beyond else kind.min, keys)
 
@@ -185,7 +200,7 @@ def _keys(x: Any, beyond: bool) -> Any:
 def _from_keys(keys: Any, dtype: Any) -> Any:
     """The floats that ``_keys`` made the integers of: what lies beyond infinity is NaN."""
     bits = jnp.where(keys < 0, keys ^ jnp.iinfo(keys.dtype).max, keys)
-    return jax.lax.bitcast_convert_type(bits, f"float{8 * keys.dtype.itemsize}").astype(dtype)
+    return lax.bitcast_convert_type(bits, f"float{8 * keys.dtype.itemsize}").astype(dtype)
 
 
 @operator("var")
@@ -216,9 +231,10 @@ def logsumexp(x: Any, over: Names | None = None) -> Any:
 
     def local(array: Any, where: tuple[int, ...], axes: Axes) -> Any:
         most = _greatest(array, where, axes)
-        most = jnp.where(jnp.isfinite(most), most, jnp.zeros_like(most))
-        total = _total(jnp.exp(array - most), where, axes)
-        return jnp.squeeze(jnp.log(total) + most, where)
+        info = jnp.finfo(array.dtype)
+        most = lax.clamp(np.asarray(info.min, most.dtype), most, np.asarray(info.max, most.dtype))
+        total = _total(lax.exp(lax.sub(array, most)), where, axes)
+        return lax.squeeze(lax.add(lax.log(total), most), where)
 
     return _normalise("logsumexp", x, over, local, keep=False)
 
@@ -227,8 +243,8 @@ def softmax(x: Any, over: Names) -> Any:
     """exp(x) divided by its sum over dims, without overflow; the dims stay."""
 
     def local(array: Any, where: tuple[int, ...], axes: Axes) -> Any:
-        powers = jnp.exp(array - _greatest(array, where, axes))
-        return powers / _total(powers, where, axes)
+        powers = lax.exp(lax.sub(array, _greatest(array, where, axes)))
+        return lax.div(powers, _total(powers, where, axes))
 
     return _normalise("softmax", x, over, local, keep=True)
 
@@ -237,8 +253,8 @@ def log_softmax(x: Any, over: Names) -> Any:
     """The logarithm of ``softmax``, computed without taking a logarithm of a small number."""
 
     def local(array: Any, where: tuple[int, ...], axes: Axes) -> Any:
-        shifted = array - _greatest(array, where, axes)
-        return shifted - jnp.log(_total(jnp.exp(shifted), where, axes))
+        shifted = lax.sub(array, _greatest(array, where, axes))
+        return lax.sub(shifted, lax.log(_total(lax.exp(shifted), where, axes)))
 
     return _normalise("log_softmax", x, over, local, keep=True)
 
@@ -256,12 +272,12 @@ def _normalise(asked: str, x: Any, over: Names | None, local: Callable[..., Any]
 
 def _greatest(array: Any, where: tuple[int, ...], axes: Axes) -> Any:
     """The maximum to shift by. It cancels out of the result, so no gradient flows through it."""
-    most = jnp.max(jax.lax.stop_gradient(array), where, keepdims=True)
+    most = lax.expand_dims(lax.reduce_max(lax.stop_gradient(array), where), where)
     return collectives.all_max(most, axes) if axes else most
 
 
 def _total(array: Any, where: tuple[int, ...], axes: Axes) -> Any:
-    total = jnp.sum(array, where, keepdims=True)
+    total = lax.expand_dims(_added(array, where), where)
     scope = current_manual()
     return collectives.all_sum(total, axes, scope.sums) if scope is not None and axes else total
 

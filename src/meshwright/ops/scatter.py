@@ -25,7 +25,7 @@ from ..errors import fail, fail_type
 from ..scope import Axes
 from ..tensor import Tensor, make
 from .elementwise import add, astype, where
-from .ids import Ids, Meeting, all_axes, check_ids, dims_of, first_held, from_start
+from .ids import Ids, Meeting, all_axes, check_ids, dims_of, from_first_held, from_start
 from .lowering import align, check_operand, local_sizes, run, wanted
 from .making import places
 
@@ -137,7 +137,7 @@ def _arguments(meeting: Meeting, ids: Ids, updates: Any, held: Sequence[Any], dt
     given = iter(held)
     d = find(meeting.whole, meeting.names[0], "scatter")
     part = meeting.join(next(given), meeting.picked) if isinstance(ids, Tensor) else jnp.asarray(ids)
-    positions = from_start(part, d.size) - first_held(d, "scatter")
+    positions = from_first_held(from_start(part, d.size), d, "scatter")
     if isinstance(updates, Tensor):
         values = align(meeting.join(next(given), updates.dims), updates.dims, meeting.picked + meeting.kept)
     else:
