@@ -1,5 +1,6 @@
 """The memory of a plan against hand counts and against JAX's own residuals."""
 
+import statistics
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import meshwright as mw
+from benchmarks.memory import LAYOUTS, Case, cases, sums
 from meshwright import Tensor
 from meshwright.plan import Plan
 from meshwright.plan.buffers import Buffer
@@ -191,3 +193,26 @@ def test_a_scratch_memory_holds_what_is_there_briefly() -> None:
     assert set(map(id, kept)) == {id(large), id(handed_on)}
     assert set(map(id, outside([brief, long], 15 * MIB + MIB // 2))) == {id(brief), id(long)}
     assert outside([brief, buffer(4 * MIB, 0, 9)], 16 * MIB) == []
+
+
+# The TPU compiler
+
+
+def error_of(case: Case) -> float:
+    """How far the plan's sum is from that of the compiler's ``memory_analysis()``."""
+    plan = case.plan()
+    planned, reported = sums(plan, plan.compile())
+    return abs(planned / reported - 1)
+
+
+def test_a_training_step_takes_what_the_tpu_compiler_says() -> None:
+    assert error_of(Case("tpu:v5e:2x4", 1024, "FSDP x tensor", "nothing")) < 0.05
+
+
+@pytest.mark.slow
+def test_every_configuration_takes_what_the_tpu_compiler_says() -> None:
+    """Each of the benchmark's configurations on one of the two chips, in turn."""
+    errors = {case.name: error_of(case) for i, case in enumerate(cases()) if i % 2 == (i >= len(LAYOUTS) * 4)}
+    assert len(errors) == 12
+    assert max(errors.values()) < 0.10, errors
+    assert statistics.median(errors.values()) < 0.05, errors

@@ -63,6 +63,7 @@ def compiled_side_by_side(sides: Sequence[Side]) -> Table:
     rows = {
         "fits": [_fits(c) for c in found],
         "memory": [Text(_bytes(c.needed_bytes)) for c in found],
+        "  by the plan, counted so": [Text(_bytes(c.planned_bytes)) for c in found],
         "  there": [Text(_bytes(c.available_bytes)) for c in found],
         "payload of collectives": [Text(_bytes(sum(c.moved_bytes.values()) if c.memory else None)) for c in found],
         "cycles of computation": [Text(f"{c.cycles / 1e6:,.0f} M" if c.cycles else UNKNOWN) for c in found],

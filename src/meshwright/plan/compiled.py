@@ -71,7 +71,8 @@ class Planned:
     sizes: Mapping[str, int]
     """Every axis of the mesh and its size."""
     memory: Mapping[str, int]
-    """Bytes by the names of ``CompiledMemory``; what the plan does not know is not there."""
+    """Bytes by the names of ``CompiledMemory``, and ``peak_bytes``, what a device needs; what the plan does not know is
+    not there."""
     collectives: Sequence[Collective]
     largest: Sequence[Allocation]
     """The largest tensors of the trace."""
@@ -131,6 +132,11 @@ class Compiled:
         return self.memory.total_bytes if self.memory is not None else None
 
     @property
+    def planned_bytes(self) -> int | None:
+        """The same by the plan, counted as the compiler counts what it says."""
+        return self.planned.memory.get("total_bytes" if self.memory is not None else "peak_bytes")
+
+    @property
     def largest(self) -> tuple[Allocation, ...]:
         """Of a program that does not fit, the largest tensors: the compiler's, or where it lists none, the trace's."""
         if self.fits is not False:
@@ -154,7 +160,7 @@ class Compiled:
         if self.memory is not None:
             for part, name in _PARTS.items():
                 yield Difference(part, planned.get(name), getattr(self.memory, name))
-        yield Difference("memory", planned.get("total_bytes"), self.needed_bytes)
+        yield Difference("memory", self.planned_bytes, self.needed_bytes)
 
     def _moved_differences(self) -> Iterator[Difference]:
         if self.memory is None:

@@ -210,14 +210,16 @@ def _memory(stats: Any) -> CompiledMemory | None:
 
 
 def planned_memory(memory: Memory, target: Target) -> dict[str, int]:
-    """The plan's memory by the names of ``CompiledMemory``; of temporaries, what the target's compiler calls so."""
+    """The plan's memory by the names of ``CompiledMemory``, of temporaries what the target's compiler calls so; and
+    what a device needs, which the compiler says when it refuses a program."""
     temporary = memory.reported_temporary_bytes if target.platform == "tpu" else memory.temporary_bytes
     return {
         "argument_bytes": memory.argument_bytes,
         "output_bytes": memory.output_bytes,
         "alias_bytes": memory.alias_bytes,
         "temporary_bytes": temporary,
-        "total_bytes": memory.argument_bytes + temporary + memory.output_bytes - memory.alias_bytes,
+        "total_bytes": memory.peak_bytes - memory.temporary_bytes + temporary,
+        "peak_bytes": memory.peak_bytes,
     }
 
 
