@@ -15,7 +15,7 @@ from meshwright import Tensor
 from meshwright.plan import Plan
 from meshwright.plan.buffers import Buffer
 from meshwright.plan.heap import most_bytes, outside, packed
-from meshwright.plan.memory import GRADIENTS, OPTIMIZER, PARAMETERS, SAVED, TEMPORARIES
+from meshwright.plan.memory import COPIES, GRADIENTS, OPTIMIZER, OUTPUTS, PARAMETERS, SAVED, TEMPORARIES
 from meshwright.plan.origin import Origin
 
 F32, BF16 = 4, 2
@@ -66,6 +66,35 @@ def test_a_step_is_its_arguments_and_what_it_gives_back_in_their_place() -> None
     undonated = plan_of(jax.jit(step), FSDP, WEIGHTS, state, shape(BATCH, EMBED)).memory
     assert undonated.alias_bytes == 0
     assert undonated.peak_bytes == memory.peak_bytes + 2 * weights
+    assert memory.timeline[-1].by_kind[OUTPUTS] == F32
+    assert undonated.timeline[-1].by_kind[OUTPUTS] == 2 * weights + F32
+
+
+def test_tensors_that_no_pass_reads_are_the_optimizers() -> None:
+    """Without any pass there is no optimizer either; a loop around regions is looked into."""
+    layout, batch = mw.Layout("batch:data"), shape(BATCH, EMBED)
+    forward = plan_of(lambda up, down, x: feed_forward(up, down, x), layout, *WEIGHTS, batch).memory
+    assert (forward.by_kind[PARAMETERS], forward.by_kind[OPTIMIZER]) == (2 * 512 * 2048 * F32, 0)
+    loss = mw.spmd(feed_forward, MESH, layout)
+
+    def accumulated(params: Any, state: Any, x: Tensor) -> Any:
+        def turn(_: Any, total: Any) -> Any:
+            gradient = jax.grad(lambda p: loss(*p, x))(params)
+            return jax.tree.map(lambda a, b: a + b, total, gradient)
+
+        return jax.lax.fori_loop(0, 4, turn, jax.tree.map(lambda w: w * 0.0, state))
+
+    found = plan_of(accumulated, layout, WEIGHTS, WEIGHTS, batch).memory
+    assert found.by_kind[PARAMETERS] == found.by_kind[OPTIMIZER] == 2 * 512 * 2048 * F32
+
+
+def test_parameters_gathered_once_a_step_are_no_activations() -> None:
+    layout = mw.Layout("batch:data", params="embed:data", gather="step")
+    loss = jax.value_and_grad(mw.spmd(feed_forward, MESH, layout), argnums=(0, 1))
+    memory = plan_of(loss, layout, *WEIGHTS, shape(BATCH, EMBED)).memory
+    assert max(moment.by_kind[COPIES] for moment in memory.timeline) == 2 * 512 * 2048 * F32
+    hidden, out = 1024 * 2048 * F32, 1024 * 512 * F32
+    assert max(moment.by_kind[SAVED] for moment in memory.timeline) == pytest.approx(2 * hidden + out, rel=1e-5)
 
 
 def layer(h: Tensor, w: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from .lineage import Lineage
 from .origin import Origin
 from .program import Block, Choice, Loop, Node, Op, Program, Value
 from .touched import VIEWS, Passes, passes_of, reads_of
@@ -48,8 +49,8 @@ class Buffer:
     """Of a loop's results, the moment when the loop ends."""
     lasting: bool = False
     """Whether a loop hands it on or fills it: it stays in the device's large memory."""
-    cast: bool = False
-    """Whether it is a stack of parameters, cast before a loop."""
+    of_parameter: bool = False
+    """Whether it holds a parameter, gathered or cast."""
     read_in: set[str] = field(default_factory=set)
     """The directions of the operations that read it."""
 
@@ -58,6 +59,7 @@ class Buffer:
 class Buffers:
     """A program's buffers, less its arguments."""
 
+    lineage: Lineage
     found: list[Buffer] = field(default_factory=list)
     moments: list[Origin] = field(default_factory=list)
     """What runs, one operation after the other; one turn of each loop."""
@@ -71,9 +73,9 @@ class Buffers:
     """Stacks that were cast before a loop, by the stack and the bytes of an element."""
 
     @classmethod
-    def of(cls, program: Program) -> "Buffers":
-        """The buffers of a program."""
-        buffers = cls()
+    def of(cls, program: Program, lineage: Lineage) -> "Buffers":
+        """The buffers of a program, of whose values ``lineage`` tells."""
+        buffers = cls(lineage)
         buffers._block(program.block, False)
         return buffers
 
@@ -87,7 +89,8 @@ class Buffers:
 
     def _make(self, value: Value, origin: Origin, in_turn: bool, itemsize: int = 0) -> Buffer:
         num_bytes = value.num_elements * (itemsize or value.dtype.itemsize)
-        buffer = Buffer(num_bytes, self._now, self._now, origin, in_turn)
+        of_parameter = self.lineage.parameter(value) is not None
+        buffer = Buffer(num_bytes, self._now, self._now, origin, in_turn, of_parameter=of_parameter)
         self.found.append(buffer)
         self._of[id(value)] = buffer
         return buffer
@@ -218,7 +221,7 @@ class Buffers:
             length = loop.length if loop.length is not None else 1
             whole = Value((length, *cast.shape), cast.dtype)
             self._casts[key] = self._make(whole, loop.origin, in_turn)
-            self._casts[key].cast = True
+            self._casts[key].of_parameter = True
         return self._casts[key]
 
 

@@ -7,7 +7,8 @@ are the buffers of the program (``buffers.py``), packed as allocators do (``heap
 order of a trace is not quite a compiler's, and ``plan.compile()`` has the compiler's own figures.
 
 Each byte has a kind, told from who makes it and who reads it: what the forward pass makes and the backward pass reads
-is a *saved activation*, what the backward pass makes and the update reads is a *gradient*.
+is a *saved activation*, what the backward pass makes and the update reads is a *gradient*. A gathered or cast parameter
+is a *parameter copy*, and what is given back in no argument's place an *output*.
 """
 
 from collections import Counter, defaultdict
@@ -17,19 +18,22 @@ from dataclasses import dataclass, field
 from ..tensor import PARAMETER
 from .buffers import Buffer, Buffers
 from .heap import most_bytes, outside, packed
+from .lineage import Lineage
 from .origin import BACKWARD, FORWARD, RECOMPUTE, UPDATE, Origin
-from .program import Argument, Block, Program
+from .program import Argument, Block, Choice, Loop, Program
 from .touched import reads_of
 
 KINDS: tuple[str, ...] = (
     "parameters",
     "optimizer state",
     "other arguments",
+    "parameter copies",
     "gradients",
     "saved activations",
     "temporaries",
+    "outputs",
 )
-PARAMETERS, OPTIMIZER, ARGUMENTS, GRADIENTS, SAVED, TEMPORARIES = KINDS
+PARAMETERS, OPTIMIZER, ARGUMENTS, COPIES, GRADIENTS, SAVED, TEMPORARIES, OUTPUTS = KINDS
 MOST_MOMENTS = 400
 """Of a timeline: between two, what changes least is left out."""
 
@@ -82,20 +86,22 @@ class Memory:
         return self.argument_bytes + self.temporary_bytes + self.output_bytes - self.alias_bytes
 
 
-def memory_of(program: Program, scratch_bytes: int = 0) -> Memory:
+def memory_of(program: Program, lineage: Lineage, scratch_bytes: int = 0) -> Memory:
     """The memory of a program on a device whose scratch memory holds ``scratch_bytes``."""
-    buffers = Buffers.of(program)
-    outputs, aliases, returned = _outputs(program, buffers)
+    buffers = Buffers.of(program, lineage)
+    results = _results(program, buffers)
+    returned = {id(buffer) for buffer in results.buffers}
     temporaries = outside([b for b in buffers.found if id(b) not in returned], scratch_bytes)
     heap = packed(temporaries)
     counted = ((b.num_bytes, b.start, min(b.end, b.in_loop_until)) for b in temporaries if not b.in_turn)
-    arguments = _arguments(program)
-    timeline = _timeline(buffers.moments, temporaries, arguments)
+    arguments = _arguments(program, lineage)
+    held = [*((b, _kind_of(b)) for b in temporaries), *((b, OUTPUTS) for b in results.beside)]
+    timeline = _timeline(buffers.moments, held, arguments)
     highest = max(timeline, key=lambda moment: sum(moment.by_kind.values()), default=None)
     return Memory(
         argument_bytes=sum(a.value.num_bytes for a in program.arguments),
-        output_bytes=outputs,
-        alias_bytes=aliases,
+        output_bytes=results.num_bytes,
+        alias_bytes=results.alias_bytes,
         temporary_bytes=heap,
         reported_temporary_bytes=2 * heap - most_bytes(counted),
         by_kind=highest.by_kind if highest is not None else arguments,
@@ -104,22 +110,37 @@ def memory_of(program: Program, scratch_bytes: int = 0) -> Memory:
     )
 
 
-def _outputs(program: Program, buffers: Buffers) -> tuple[int, int, set[int]]:
-    """The bytes of the outputs, those of them that take donated arguments' places, and the buffers they lie in."""
+@dataclass
+class _Results:
+    """What a program gives back."""
+
+    num_bytes: int = 0
+    alias_bytes: int = 0
+    """Of them, what takes the place of donated arguments."""
+    buffers: list[Buffer] = field(default_factory=list)
+    """Where they lie."""
+    beside: list[Buffer] = field(default_factory=list)
+    """Those of them that take no argument's place."""
+
+
+def _results(program: Program, buffers: Buffers) -> _Results:
     donated = Counter((a.value.shape, a.value.dtype) for a in program.arguments if a.donated)
-    total, aliases, returned = 0, 0, set[int]()
+    found = _Results()
     for v in (v for v in program.block.outs if v is not None):
-        total += v.num_bytes
-        if donated[v.shape, v.dtype] > 0:
-            donated[v.shape, v.dtype] -= 1
-            aliases += v.num_bytes
-        returned.add(id(buffers.holding(v)))
-    return total, aliases, returned
+        found.num_bytes += v.num_bytes
+        in_place = donated[v.shape, v.dtype] > 0
+        donated[v.shape, v.dtype] -= in_place
+        found.alias_bytes += v.num_bytes * in_place
+        if (buffer := buffers.holding(v)) is not None:
+            found.buffers.append(buffer)
+            if not in_place:
+                found.beside.append(buffer)
+    return found
 
 
-def _arguments(program: Program) -> dict[str, int]:
-    found: dict[str, int] = dict.fromkeys((PARAMETERS, OPTIMIZER, ARGUMENTS), 0)
-    used = _used_by_passes(program.block)
+def _arguments(program: Program, lineage: Lineage) -> dict[str, int]:
+    found: dict[str, int] = dict.fromkeys(KINDS[:3], 0)
+    used = _used_by_passes(program.block, lineage)
     for argument in program.arguments:
         found[_kind_of_argument(argument, used)] += argument.value.num_bytes
     return found
@@ -130,38 +151,44 @@ def _kind_of_argument(argument: Argument, used: set[int]) -> str:
     them."""
     if argument.role != PARAMETER:
         return ARGUMENTS
-    return PARAMETERS if id(argument.value) in used else OPTIMIZER
+    return PARAMETERS if not used or id(argument) in used else OPTIMIZER
 
 
-def _used_by_passes(block: Block) -> set[int]:
-    """The values that the forward and the backward pass read."""
+def _used_by_passes(block: Block, lineage: Lineage) -> set[int]:
+    """The ids of the parameters that the forward and the backward pass read."""
     found: set[int] = set()
     for node in block.nodes:
         if node.origin.direction != UPDATE:
-            found.update(id(v) for v in reads_of(node) if v is not None)
+            found.update(id(lineage.parameter(v)) for v in reads_of(node) if lineage.parameter(v) is not None)
+        inner = (node.body,) if isinstance(node, Loop) else node.branches if isinstance(node, Choice) else ()
+        for each in inner:
+            found |= _used_by_passes(each, lineage)
     return found
 
 
 def _kind_of(buffer: Buffer) -> str:
     made = buffer.origin.direction
-    if made == FORWARD and not buffer.cast and buffer.read_in & {BACKWARD, RECOMPUTE}:
+    if buffer.of_parameter:
+        return COPIES
+    if made == FORWARD and buffer.read_in & {BACKWARD, RECOMPUTE}:
         return SAVED
     return GRADIENTS if made == BACKWARD and UPDATE in buffer.read_in else TEMPORARIES
 
 
-def _timeline(moments: Sequence[Origin], buffers: Iterable[Buffer], arguments: Mapping[str, int]) -> list[Moment]:
+def _timeline(
+    moments: Sequence[Origin], held: Iterable[tuple[Buffer, str]], arguments: Mapping[str, int]
+) -> list[Moment]:
     changes: dict[int, Counter[str]] = defaultdict(Counter)
-    for buffer in buffers:
-        kind = _kind_of(buffer)
+    for buffer, kind in held:
         changes[buffer.start][kind] += buffer.num_bytes
         changes[buffer.end + 1][kind] -= buffer.num_bytes
-    held: Counter[str] = Counter(arguments)
+    now: Counter[str] = Counter(arguments)
     found = []
     for at, origin in enumerate(moments):
         if at in changes or not found:
             for kind, change in changes[at].items():
-                held[kind] += change
-            found.append(Moment({kind: held[kind] for kind in KINDS}, origin))
+                now[kind] += change
+            found.append(Moment({kind: now[kind] for kind in KINDS}, origin))
     return found
 
 

@@ -67,7 +67,8 @@ class Plan:
     @functools.cached_property
     def memory(self) -> Memory:
         """What a device holds, and when: arguments, what is saved for the backward pass, temporaries."""
-        return memory_of(self.program, self.machine.hardware.scratch_bytes if self.machine is not None else 0)
+        scratch = self.machine.hardware.scratch_bytes if self.machine is not None else 0
+        return memory_of(self.program, self._lineage, scratch)
 
     def time(self, hardware: "str | Hardware | Topology | Mesh | Machine | None" = None) -> Times:
         """How long a call takes, and what it waits for.
@@ -130,7 +131,7 @@ class Plan:
         """
         target = Target.of(on, self.machine, self.program)
         scratch = target.hardware.scratch_bytes if target.hardware is not None else 0
-        memory = planned_memory(memory_of(self.program, scratch), target)
+        memory = planned_memory(memory_of(self.program, self._lineage, scratch), target)
         planned = Planned(self.name, self.program.sizes, memory, self.collectives, largest_of(self.program))
         return compiled(self.program, self.call, target, planned, options or {})
 

@@ -29,11 +29,14 @@ const COLOURS = new Map([
   ["HBM", "var(--hbm)"],
   ...axesShown.map((axes, i) => [axes, `var(--axis-${i % 7})`]),
 ]);
-const KINDS = ["parameters", "optimizer state", "other arguments", "gradients", "saved activations", "temporaries"];
+const KINDS = [
+  "parameters", "optimizer state", "other arguments", "parameter copies", "gradients", "saved activations",
+  "temporaries", "outputs",
+];
 
 function kindColour(kind) {
   const i = KINDS.indexOf(kind);
-  return `var(--kind-${i >= 0 ? i : Object.keys(plan.held_bytes).indexOf(kind) % 6})`;
+  return `var(--kind-${i >= 0 ? i : Object.keys(plan.held_bytes).indexOf(kind) % KINDS.length})`;
 }
 
 function key(name, colour) {
