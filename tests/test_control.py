@@ -207,3 +207,47 @@ def test_a_backward_rule_is_held_against_its_arguments() -> None:
 
 
 X_AB = tensor(A, B, seed=2)
+
+
+def test_what_goes_round_keeps_its_dtype() -> None:
+    a, b = mw.dims(a=4, b=8)
+    with pytest.raises(TypeError, match=r"scan: carry\[0\]: \(b=8\) went in as float32 and came back as bfloat16"):
+        mw.fold(lambda c, x: (c[0].astype("bfloat16"),), (tensor(b),), tensor(a, b), over="a")
+    with pytest.raises(TypeError, match=r"cond: result.*float32.*bfloat16"):
+        mw.cond(jnp.bool_(True), lambda x: x, lambda x: x.astype("bfloat16"), tensor(b))
+
+
+def test_a_region_called_several_times_in_one_trace_is_traced_twice() -> None:
+    """Once with what surrounds it, and once by itself, which further calls share."""
+    traced = []
+    mesh, layout = mw.Mesh("x=2", jax.devices()[:2]), mw.Layout("a:x")
+
+    def program(x: Any) -> Any:
+        traced.append(1)
+        return mw.tanh(x) * 0.5
+
+    region = mw.spmd(program, mesh, layout)
+
+    def several(x: Any) -> Any:
+        for _ in range(6):
+            x = region(x)
+        return x
+
+    x = tensor(*mw.dims(a=8, b=4))
+    expected = x
+    for _ in range(6):
+        expected = program(expected)
+    traced.clear()
+    np.testing.assert_allclose(jax.jit(several)(x).array, expected.array, rtol=1e-6)
+    assert len(traced) == 2
+
+
+def test_a_cached_function_inside_is_known_to_have_met_its_names() -> None:
+    """Equal regions share JAX's caches: the second finds the inner function traced already."""
+    mesh = mw.Mesh("x=2,y=2", jax.devices()[:4])
+    x = tensor(*mw.dims(a=8, b=4))
+    inner = jax.jit(lambda x: (x.rename(b="c") * 2.0).rename(c="b"))
+    for reduce in (mw.sum, mw.mean):
+        layout = mw.Layout("a:x, c:y", strict=True)
+        found = mw.spmd(lambda x, reduce=reduce: reduce(inner(x)), mesh, layout)(x)
+        np.testing.assert_allclose(found, reduce(x * 2.0), rtol=1e-5)

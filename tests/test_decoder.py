@@ -216,3 +216,17 @@ def test_bfloat16_computation_gathers_half_the_bytes() -> None:
     matrices = [d for d in gathered if d == "bf16"]
     assert len(matrices) == 2 + 7, gathered
     assert len(gathered) - len(matrices) == 2 + 1, "the norms' scales stay in float32"
+
+
+def test_a_gradient_is_scattered_before_it_is_summed_over_further_axes() -> None:
+    """FSDP inside a wider data axis: what crosses the outer axis is a slice of each gradient, not the whole."""
+    for layout, options in (
+        ("batch:(pod,data)", {"params": "embed:data"}),
+        ("batch:data, length:pod, residual_length:pod", {"params": "embed:data"}),
+    ):
+        program = jax.jit(jax.value_and_grad(Way("pod=2,data=4", layout, options).region(_loss)))
+        found = communicated(program, _shapes(2), *_batch())
+        scattered = [size for kind, size in found if kind == "reduce_scatter"]
+        assert scattered
+        summed = [size for kind, size in found if kind == "all_reduce"]
+        assert max(summed) <= max(scattered) // 4, (layout, max(summed), max(scattered))

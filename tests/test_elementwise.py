@@ -468,3 +468,14 @@ def test_addends_of_bytes_are_not_widened_before_their_sum() -> None:
             ):
                 for found, of_numpy in zip(way.region(function)(x, w), expected, strict=True):
                     np.testing.assert_array_equal(np.asarray(found.array), of_numpy, str(way))
+
+
+def test_a_cast_to_the_same_dtype_makes_a_weak_type_strong() -> None:
+    """As in jax.numpy: what was cast is not promoted to its neighbour's dtype."""
+    a = mw.Dim("a", 4)
+    weak = mw.where(tensor(a) > 0, 1.0, 0.0)
+    half = tensor(a, dtype="bfloat16")
+    with jax.numpy_dtype_promotion("standard"):
+        assert (weak * half).dtype == jnp.bfloat16
+        assert (weak.astype("float32") * half).dtype == jnp.float32
+        assert mw.dot(weak, half, over="a").dtype == jnp.bfloat16

@@ -117,3 +117,10 @@ def test_errors() -> None:
     both = Way("x=2", "a:x, b:x").region(lambda x: mw.causal_mask(A, B))
     with pytest.raises(ValueError, match=r"'a' and 'b' of one tensor are both split over the axis 'x'"):
         both(jnp.float32(1))
+
+
+def test_linspace_of_integers_is_numpys() -> None:
+    for start, stop in ((0, 10), (-3, 4), (5, -5)):
+        found = mw.linspace(mw.Dim("a", 7), start, stop, dtype="int32")
+        np.testing.assert_array_equal(found.array, np.linspace(start, stop, 7, dtype="int32"))
+        assert found.dtype == jnp.int32

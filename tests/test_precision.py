@@ -66,3 +66,19 @@ def _twice_forwards(f: Any) -> Any:
 def test_a_contraction_is_summed_in_the_dtype_asked_for() -> None:
     assert _moved(Way("x=4", "b:x"))["all_reduce"] == {"bf16"}
     assert _moved(Way("x=4", "b:x", {"sums": "float32"}))["all_reduce"] == {"f32"}
+
+
+def test_every_sum_of_gradients_is_taken_in_float32_when_asked() -> None:
+    """Data parallelism's sums of weights, and tensor parallelism's of inputs, are transposes of nothing that moves."""
+    batch, embed, ff = mw.dims(batch=8, embed=16, ff=32)
+    w, x = tensor(embed, ff, role="parameter"), tensor(batch, embed)
+
+    def loss(w: Any, x: Any) -> Any:
+        half = mw.dot(x.astype("bfloat16"), w.astype("bfloat16"), over="embed")
+        return (half.astype("float32") ** 2).sum()
+
+    for sums, expected in ((None, "bf16"), ("float32", "f32")):
+        way = Way("data=4,model=2", "batch:data, ff:model", {"sums": sums})
+        text = jax.jit(jax.grad(way.region(loss), argnums=(0, 1))).lower(w, x).as_text()
+        reduced = re.findall(r"stablehlo\.all_reduce.*?\}\) : \(tensor<(?:\d+x)*([a-z]+\d+)>\)", text, re.DOTALL)
+        assert reduced == [expected] * 2, (sums, reduced)

@@ -46,10 +46,11 @@ def _ordered(axes: Sequence[str] | frozenset[str]) -> Axes:
     return tuple(a for a in mesh.axis_names if a in axes)
 
 
-def vary(x: Array, axes: frozenset[str]) -> Array:
-    """Let ``x`` vary over ``axes`` too. No data moves; the gradient is summed over the axes added."""
+def vary(x: Array, axes: frozenset[str], sums: str | None = None) -> Array:
+    """Let ``x`` vary over ``axes`` too. No data moves; the gradient is summed over the axes added, in ``sums`` if
+    given."""
     missing = axes - varies_over(x)
-    return lax.pcast(x, _ordered(missing), to="varying") if missing else x
+    return _in_dtype(lambda y: lax.pcast(y, _ordered(missing), to="varying"), x, sums) if missing else x
 
 
 def index(axes: Axes) -> Array:

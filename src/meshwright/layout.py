@@ -237,11 +237,7 @@ class Layout:
         Raises:
             ValueError: as ``check``.
         """
-        self.check(mesh)
-        sizes = mesh.axes
-        splits = ((name, tuple(a for a in axes if sizes[a] > 1)) for name, axes in self.pairs)
-        kept = tuple((name, axes) for name, axes in splits if axes)
-        return Scope(mesh.jax_mesh, kept, tuple(sizes.items()), partitioner, self.sums, self.text)
+        return _scope(self, mesh, partitioner)
 
     def at_rest(self, scope: Scope, these: Dims, role: Role, asked: str = "at rest") -> Split:
         """Over which axes each dim of a tensor is split at rest, beyond its compute rule.
@@ -290,6 +286,16 @@ class Layout:
             lines.append(("strict", "a rule whose dim is never met is an error"))
         width = max(len(name) for name, _ in lines)
         return "\n".join([repr(self), *(f"  {name:<{width}}  {what}" for name, what in lines)])
+
+
+@functools.lru_cache(maxsize=1024)
+def _scope(layout: Layout, mesh: Mesh, partitioner: str) -> Scope:
+    """One for each layout and mesh: JAX's caches take regions of equal scopes for one, and so does what they met."""
+    layout.check(mesh)
+    sizes = mesh.axes
+    splits = ((name, tuple(a for a in axes if sizes[a] > 1)) for name, axes in layout.pairs)
+    kept = tuple((name, axes) for name, axes in splits if axes)
+    return Scope(mesh.jax_mesh, kept, tuple(sizes.items()), partitioner, layout.sums, layout.text)
 
 
 @functools.lru_cache(maxsize=8192)

@@ -70,7 +70,9 @@ def spmd(
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         given = region.enter((args, kwargs))
-        return region.run(*given) if _tracing() else compiled(*given)
+        first = not region.traced and _tracing()
+        region.traced |= first  # a region that one trace calls several times is traced twice, not each time
+        return region.run(*given) if first else compiled(*given)
 
     return call
 
@@ -116,7 +118,7 @@ class Region:
 
     def __init__(self, fn: Callable[..., Any], layout: Layout, scope: Scope) -> None:
         self.fn, self.layout, self.scope = fn, layout, scope
-        self.warned = False
+        self.warned = self.traced = False
 
     def enter(self, arguments: Any) -> tuple[Any, ...]:
         """The static description of the arguments, then the arrays among them."""

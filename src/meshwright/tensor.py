@@ -140,9 +140,9 @@ class Tensor:
             return self._cell
         if self.rest is not None and self.role == PARAMETER:
             return self.for_use(self.raw, want)
-        key = (self.partial, self.rest, self.copies, want)
+        key, sums = (self.partial, self.rest, self.copies, want), self.scope.sums
         with told(self.dims):
-            return self._cell.once(key, lambda: collectives.vary(self._kept(want), want))
+            return self._cell.once(key, lambda: collectives.vary(self._kept(want), want, sums))
 
     def merged(self, want: frozenset[str], runs: tuple[int, ...]) -> Any:
         """``local``, runs of neighbouring dims merged into one: ``runs`` says how many dims each new one is made of."""
@@ -156,10 +156,11 @@ class Tensor:
 
     def for_use(self, raw: Any, want: frozenset[str]) -> Any:
         """What ``local`` gives for a parameter at rest whose slice held is ``raw``."""
-        unwanted = tuple(a for a in self.copies if a not in want)
+        unwanted, sums = tuple(a for a in self.copies if a not in want), self.scope.sums if self.scope else None
         with told(self.dims):
-            array = gathered(raw, self.rest, want, self.scope)
-            return collectives.vary(collectives.from_first(array, unwanted) if unwanted else array, want)
+            # Varied before it is gathered: its gradient is scattered first, then what is left summed over other axes.
+            array = gathered(collectives.vary(raw, want, sums), self.rest, want, self.scope)
+            return collectives.vary(collectives.from_first(array, unwanted) if unwanted else array, want, sums)
 
     def at_home(self) -> Any:
         """This device's slice, as it lies at rest, of a parameter that was gathered once a step."""
@@ -528,7 +529,7 @@ def _flatten(t: Tensor) -> tuple[tuple[Any], Any]:
     assert not t.partial
     own = _axes_held(t, rest) if held else _NOTHING
     raw = t.at_home() if held and t.copies else t.raw
-    return (collectives.vary(raw, own) if own else raw,), (t.dims, t.role, t.scope, rest)
+    return (collectives.vary(raw, own, t.scope.sums) if own else raw,), (t.dims, t.role, t.scope, rest)
 
 
 def _rests_over(rest: Split | None, axes: frozenset[str]) -> bool:

@@ -54,7 +54,7 @@ def einsum(*tensors: Tensor, out: Names, preferred_element_type: Any = None, pre
     kept = tuple(find(every, name, asked) for name in names)
     check_unique(kept, "einsum: out")
     recipe = _chain(tuple(x.dims for x in tensors), kept)
-    dtype = jnp.result_type(*(x.dtype for x in tensors))
+    dtype = jnp.result_type(*(x.raw for x in tensors))
     sizes = dict(zip(names_of(every), local_sizes(every, f"{asked}, its operands together"), strict=True))
     product = functools.partial(
         _run_chain, recipe, sizes, dtype, preferred_element_type=preferred_element_type, precision=precision

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import collectives
-from ..dims import find, index_of
-from ..scope import Axes
+from ..dims import Dims, find, index_of
+from ..scope import Axes, current
 from ..tensor import make
 from .elementwise import astype
 from .lowering import axes_of, check_operand, run, wanted
@@ -76,9 +76,19 @@ def _cumulative(asked: str, x: Any, name: str, local: Callable[..., Any], revers
 
     def function(array: Any) -> Any:
         counted = array.astype(jnp.int32) if array.dtype == jnp.bool_ else array
-        return local(counted, at, axes, reverse)
+        return local(_whole_for_xla(counted, x.dims, at), at, axes, reverse)
 
     return make(run(function, [x], wanted(asked, x.dims)), x.dims, asked=asked)
+
+
+def _whole_for_xla(array: Any, these: Dims, at: int) -> Any:
+    """The array, whole along the dim under XLA's partitioner, whose own scans along a split dim come out wrong where a
+    program has several."""
+    scope = current()
+    if scope is None or scope.manual or not scope.axes_of(these[at].name):
+        return array
+    split = scope.split(these, "cumulative")
+    return collectives.constrain(array, scope.mesh, (*split[:at], (), *split[at + 1 :]))
 
 
 def _joined(scan: Callable[..., Any], join: Join, start: Any, array: Any, at: int, axes: Axes, reverse: bool) -> Any:

@@ -190,7 +190,8 @@ def astype(x: Any, dtype: Any) -> Any:
     check_operand(x, "astype")
     if not isinstance(x, Tensor):
         return jnp.asarray(x).astype(dtype)
-    return x if x.dtype == jnp.dtype(dtype) else lift(lambda a: a.astype(dtype), "astype")(x)
+    as_it_is = x.dtype == jnp.dtype(dtype) and not getattr(x.raw, "weak_type", False)
+    return x if as_it_is else lift(lambda a: a.astype(dtype), "astype")(x)
 
 
 def clip(x: Any, least: Any = None, greatest: Any = None) -> Any:

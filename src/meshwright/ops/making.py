@@ -68,13 +68,15 @@ def _is_number(x: Any, number: int) -> bool:
 
 
 def linspace(dim: Dim, start: Any, stop: Any, *, endpoint: bool = True, dtype: Any = jnp.float32) -> Any:
-    """``dim.size`` numbers evenly from ``start`` to ``stop``, which is the last one unless ``endpoint`` is False."""
+    """``dim.size`` numbers evenly from ``start`` to ``stop``, which is the last one unless ``endpoint`` is False; of an
+    integer dtype, rounded down."""
     dim = as_dim(dim, "linspace")
     _check_scalars("linspace", start=start, stop=stop)
     num_steps = max(dim.size - 1 if endpoint else dim.size, 1)
-    share = places(dim, "linspace").astype(dtype) / num_steps
-    held = jnp.asarray(start, dtype) * (1 - share) + jnp.asarray(stop, dtype) * share
-    return make(held, (dim,), asked="linspace")
+    real = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
+    share = places(dim, "linspace").astype(real) / num_steps
+    held = jnp.asarray(start, real) * (1 - share) + jnp.asarray(stop, real) * share
+    return make(held if real is dtype else jnp.floor(held).astype(dtype), (dim,), asked="linspace")
 
 
 def full(dims: Dim | Iterable[Dim], value: Any, dtype: Any = None) -> Any:

@@ -28,6 +28,8 @@ class Held:
     rest: Split | None = None
     copies: Axes = ()
     home: Split | None = None
+    dtype: Any = None
+    """Of what was packed; None where it may still be promoted."""
 
     def unpack(self, x: Any, asked: str) -> Any:
         """The array of ``x`` in this form; its type varies over all the axes that it can."""
@@ -38,6 +40,11 @@ class Held:
         if not isinstance(x, Tensor) or set(x.dims) != set(self.dims):
             found = f"({show(x.dims)})" if isinstance(x, Tensor) else "a value without dims"
             raise fail(f"{asked}: expected a tensor with the dims ({show(self.dims)}), found {found}.")
+        if self.dtype is not None and x.dtype != self.dtype:
+            raise fail_type(
+                f"{asked}: ({show(x.dims)}) went in as {self.dtype} and came back as {x.dtype}. What is handed on "
+                f"keeps its dtype: write .astype('{self.dtype}') where it comes back, or begin with {x.dtype}."
+            )
         check_home(x, asked)
         x = x.reorder(*names_of(self.dims))
         scope = current_manual()
@@ -47,9 +54,9 @@ class Held:
         axes = {a for part in (scope.split(self.dims, asked), self.rest or ()) for axes in part for a in axes}
         varying = frozenset(axes | set(self.copies)) | mapped_axes()
         if as_it_is:
-            return collectives.vary(x.raw, varying)
+            return collectives.vary(x.raw, varying, scope.sums)
         whole = x.local(varying)
-        return collectives.vary(slice_own(whole, scope, self.rest) if self.rest else whole, varying)
+        return collectives.vary(slice_own(whole, scope, self.rest) if self.rest else whole, varying, scope.sums)
 
     def pack(self, array: Any, asked: str) -> Any:
         if self.dims is None:
@@ -62,16 +69,17 @@ class Held:
         rest, home = (split[:at] + split[at + 1 :] if split else None for split in (self.rest, self.home))
         at_home = self.home is not None and bool(self.home[at])  # then no device has its slice of one position
         kept = self.dims[:at] + self.dims[at + 1 :]
-        return Held(kept, self.role, rest, self.copies, None if at_home else home)
+        return Held(kept, self.role, rest, self.copies, None if at_home else home, self.dtype)
 
 
 def held_as(x: Any) -> Held:
     """The form in which ``x`` is handed on. A parameter stays at rest; other promises are kept first."""
     if not isinstance(x, Tensor):
         return Held(None)
+    dtype = None if getattr(x.raw, "weak_type", False) else x.dtype
     if x.role == PARAMETER:
-        return Held(x.dims, x.role, x.rest, x.copies, x.home)
-    return Held(x.dims, x.role)
+        return Held(x.dims, x.role, x.rest, x.copies, x.home, dtype)
+    return Held(x.dims, x.role, dtype=dtype)
 
 
 class Packing:
