@@ -425,11 +425,12 @@ def _needed(block: Block, wanted: set[int]) -> tuple[list[Node], set[int]]:
         elif isinstance(node, Choice):
             node.branches = tuple(_pruned_branch(node, b, wanted) for b in node.branches)
         kept.append(node)
-        wanted |= {id(v) for v in _reads(node) if v is not None}
+        wanted |= {id(v) for v in reads_of(node) if v is not None}
     return kept[::-1], wanted
 
 
-def _reads(node: Node) -> tuple[Value | None, ...]:
+def reads_of(node: Node) -> tuple[Value | None, ...]:
+    """What an operation, a loop or a choice reads."""
     return (*node.consts, *node.carry, *node.scanned) if isinstance(node, Loop) else node.ins
 
 
@@ -440,7 +441,7 @@ def _pruned_branch(node: Choice, branch: Block, wanted: set[int]) -> Block:
 
 def _pruned_loop(loop: Loop, wanted: set[int]) -> Loop:
     """A loop whose body does what the results wanted need: those, and the carry that leads to them."""
-    num_carry, first = len(loop.carry), len(loop.body.ins) - len(_reads(loop))
+    num_carry, first = len(loop.carry), len(loop.body.ins) - len(reads_of(loop))
     inner = loop.body.ins[first:]
     turns_need = {i for i, v in enumerate(loop.outs) if id(v) in wanted}
     if loop.length is None:
