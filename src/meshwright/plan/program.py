@@ -72,6 +72,7 @@ class Loop:
     """A body that runs several times."""
 
     body: "Block"
+    """One turn; of a while loop the condition first, which is its last result."""
     length: int | None
     """How often; None when that depends on values (a while loop)."""
     consts: tuple[Value | None, ...]
@@ -256,20 +257,18 @@ class _Reader:
     def _while(self, eqn: Any, ins: Any, chain: Any, inside: Sizes, nodes: list[Node]) -> Sequence[Value]:
         params = eqn.params
         tests, bodies = params["cond_nconsts"], params["body_nconsts"]
-        carry = ins[tests + bodies :]
-        closed = params["body_jaxpr"]
-        given = [_like(v.aval, x, inside, self.sizes) for v, x in zip(closed.jaxpr.invars, ins[tests:], strict=True)]
-        self._stay_spread(given, ins[tests:])
-        body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
-        test = params["cond_jaxpr"]
-        asked = self.block(
-            _with_consts(test.jaxpr), [*map(_whole, test.consts), *ins[:tests], *given[bodies:]], chain, inside
-        )
-        body.nodes[:0] = asked.nodes
-        outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, body.outs, strict=True))
-        self._stay_spread(outs, body.outs)
+        carry, closed, test = ins[tests + bodies :], params["body_jaxpr"], params["cond_jaxpr"]
+        types = [*test.jaxpr.invars[:tests], *closed.jaxpr.invars]
+        given = [_like(v.aval, x, inside, self.sizes) for v, x in zip(types, ins, strict=True)]
+        self._stay_spread(given, ins)
+        turn = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given[tests:]], chain, inside)
+        asked = [*map(_whole, test.consts), *given[:tests], *given[tests + bodies :]]
+        before = self.block(_with_consts(test.jaxpr), asked, chain, inside)
+        outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, turn.outs, strict=True))
+        self._stay_spread(outs, turn.outs)
+        body = Block(tuple(given), [*before.nodes, *turn.nodes], (*turn.outs, *before.outs))
         origin = origin_of(chain, "while_loop", bool(inside))
-        nodes.append(Loop(body, None, ins[tests : tests + bodies], carry, (), outs, origin))
+        nodes.append(Loop(body, None, ins[: tests + bodies], carry, (), outs, origin))
         return outs
 
     def _stay_spread(self, values: Sequence[Value], like: Sequence[Value | None]) -> None:
@@ -445,7 +444,7 @@ def _pruned_loop(loop: Loop, wanted: set[int]) -> Loop:
     inner = loop.body.ins[first:]
     turns_need = {i for i, v in enumerate(loop.outs) if id(v) in wanted}
     if loop.length is None:
-        turns_need |= set(range(num_carry))
+        turns_need |= set(range(len(loop.body.outs)))
     while True:
         ends = {id(v) for i, v in enumerate(loop.body.outs) if i in turns_need and v is not None}
         nodes, reads = _needed(loop.body, set(ends))
