@@ -239,20 +239,58 @@ class _Reader:
         params, closed = eqn.params, eqn.params["jaxpr"]
         first, num_carry = _scan_parts(params)
         last = first + num_carry
+        origin = origin_of(chain, "scan", bool(inside))
+        if not inside:
+            stacks = zip(eqn.invars[last:], ins[last:], strict=True)
+            ins = (*ins[:last], *(self._gathered(v.aval, x, origin, nodes) for v, x in stacks))
         given = [
             _like(v.aval, x, inside, self.sizes, drop=i >= last)
             for i, (v, x) in enumerate(zip(closed.jaxpr.invars, ins, strict=True))
         ]
         self._stay_spread(given, ins)
-        body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
+        body = self._turn(eqn, closed, given, range(first, last), chain, inside)
         outs = tuple(
             _like(v.aval, x, inside, self.sizes, add=i >= num_carry)
-            for i, (v, x) in enumerate(zip(eqn.outvars, body.outs, strict=True))
+            for i, (v, x) in enumerate(zip(eqn.outvars, (*given[first:last], *body.outs[num_carry:]), strict=True))
         )
         self._stay_spread(outs, body.outs)
-        origin = origin_of(chain, "scan", bool(inside))
         nodes.append(Loop(body, params["length"], ins[:first], ins[first:last], ins[last:], outs, origin))
         return outs
+
+    def _gathered(self, aval: Any, stack: Value | None, origin: Origin, nodes: list[Node]) -> Value | None:
+        """A stack as turns outside a region read it: whole, since every device takes every turn."""
+        if stack is None or not any(stack.split[:1]):
+            return stack
+        whole = _slice(aval, ((), *stack.split[1:]), self.sizes)
+        self._stay_spread([whole], [stack])
+        nodes.append(Op("all_gather", {"axes": stack.split[0]}, (stack,), (whole,), origin, self.sizes))
+        return whole
+
+    def _turn(
+        self, eqn: Any, closed: ClosedJaxpr, given: list[Value], carry: range, chain: Any, inside: Sizes
+    ) -> Block:
+        """The body of a loop. Outside a region XLA lays what turns hand on one way before, in and after the loop: as
+        finely split as the first value or as what a turn returns (sums of gradients begin as zeros that say nothing),
+        which reading the body tells. ``given`` becomes what the body is given in the end."""
+        while True:
+            num_unknown, spread = len(self.unknown), set() if inside else set(self.spread)
+            body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
+            handed = [] if inside else list(zip(carry, body.outs, strict=False))
+            lies = {i: outside.finest(given[i], v) for i, v in handed}
+            finer = {i: split for i, split in lies.items() if split and split != given[i].split}
+            if not finer:
+                break
+            del self.unknown[num_unknown:]
+            self.spread = spread
+            for i, split in finer.items():
+                given[i] = _slice(closed.jaxpr.invars[i].aval, split, self.sizes)
+                self.spread.add(given[i])
+        name = eqn.primitive.name
+        torn = [
+            Op(name, {}, (v,), (given[i],), origin_of(chain, name, False), {}) for i, v in handed if lies[i] is None
+        ]
+        self.unknown.extend(torn)
+        return body
 
     def _while(self, eqn: Any, ins: Any, chain: Any, inside: Sizes, nodes: list[Node]) -> Sequence[Value]:
         params = eqn.params
@@ -261,12 +299,13 @@ class _Reader:
         types = [*test.jaxpr.invars[:tests], *closed.jaxpr.invars]
         given = [_like(v.aval, x, inside, self.sizes) for v, x in zip(types, ins, strict=True)]
         self._stay_spread(given, ins)
-        turn = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given[tests:]], chain, inside)
-        asked = [*map(_whole, test.consts), *given[:tests], *given[tests + bodies :]]
-        before = self.block(_with_consts(test.jaxpr), asked, chain, inside)
-        outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, turn.outs, strict=True))
+        asked, taken = given[:tests], given[tests:]
+        turn = self._turn(eqn, closed, taken, range(bodies, len(taken)), chain, inside)
+        handed = taken[bodies:]
+        before = self.block(_with_consts(test.jaxpr), [*map(_whole, test.consts), *asked, *handed], chain, inside)
+        outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, handed, strict=True))
         self._stay_spread(outs, turn.outs)
-        body = Block(tuple(given), [*before.nodes, *turn.nodes], (*turn.outs, *before.outs))
+        body = Block((*asked, *taken), [*before.nodes, *turn.nodes], (*turn.outs, *before.outs))
         origin = origin_of(chain, "while_loop", bool(inside))
         nodes.append(Loop(body, None, ins[: tests + bodies], carry, (), outs, origin))
         return outs
