@@ -26,6 +26,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from ..scope import Split
 from . import outside
+from .call import Leaf
 from .origin import Origin, origin_of
 
 Sizes = dict[str, int]
@@ -404,18 +405,17 @@ def sharded(x: Any) -> tuple[Split, Sizes]:
     return _split_of(found.spec, len(x.shape)), dict(found.mesh.shape)
 
 
-def read(traced: Any, leaves: Sequence[Any], about: Sequence[tuple[str, str, tuple[str, ...]]]) -> Program:
+def read(traced: Any, leaves: Sequence[Leaf]) -> Program:
     """The program of a trace.
 
     Args:
         traced: what ``jax.jit(fn).trace(...)`` returns.
         leaves: the arrays (or their shapes) it was traced on.
-        about: each one's path, role and names.
     """
     reader = _Reader()
-    lies = [sharded(x) for x in leaves]
+    lies = [sharded(leaf.array) for leaf in leaves]
     closed = traced.jaxpr
-    meshes = [x.sharding.mesh for x, (_, sizes) in zip(leaves, lies, strict=True) if sizes]
+    meshes = [x.array.sharding.mesh for x, (_, sizes) in zip(leaves, lies, strict=True) if sizes]
     meshes += _meshes(closed.jaxpr)
     for mesh in meshes:
         reader.sizes.update(mesh.shape)
@@ -424,8 +424,8 @@ def read(traced: Any, leaves: Sequence[Any], about: Sequence[tuple[str, str, tup
     block = pruned(block)
     donated = set(traced.donate_argnums or ())
     arguments = tuple(
-        Argument(path, value, role, names, i in donated)
-        for i, ((path, role, names), value) in enumerate(zip(about, values, strict=True))
+        Argument(leaf.path, value, leaf.role, leaf.names, i in donated)
+        for i, (leaf, value) in enumerate(zip(leaves, values, strict=True))
     )
     mesh = min(meshes, key=lambda mesh: isinstance(mesh, AbstractMesh), default=None)
     return Program(block, arguments, traced, reader.sizes, tuple(reader.unknown), mesh)
