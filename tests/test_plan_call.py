@@ -97,6 +97,26 @@ def test_arguments_by_name_of_a_function_that_is_not_compiled() -> None:
     assert [path for path, *_ in _arguments(named)] == ["fn", "x"]
 
 
+# Meshes
+
+
+def test_two_meshes_that_share_an_axis_of_two_sizes() -> None:
+    layout = mw.Layout("batch:data")
+    four, two = _mesh(), mw.Mesh("data=2", jax.devices()[:2])
+
+    def total(mesh: mw.Mesh) -> Callable[[Any], Any]:
+        return mw.spmd(lambda x: mw.sum(x), mesh, layout)
+
+    x = mw.ones((B, E))
+    with pytest.raises(ValueError, match=r"'data' differ: data=4 \(size 4\) and data=2 \(size 2\).*Give one of them"):
+        plan(lambda x: total(four)(x) + total(two)(x), x)
+    with pytest.raises(ValueError, match=r"'data' differ: data=2 \(size 2\) and data=4 \(size 4\)"):
+        plan(total(four), mw.shard(x, two, layout))
+    other = mw.spmd(lambda x: mw.sum(x), mw.Mesh("other=4", jax.devices()[:4]), mw.Layout("batch:other"))
+    axes = [(row.axes, row.group_size) for row in plan(lambda x: total(four)(x) + other(x), x).collectives]
+    assert axes == [(("data",), 4), (("other",), 4)]
+
+
 # Leaves that are no arrays
 
 

@@ -24,6 +24,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from ..devices import show_sizes
+from ..errors import fail
 from ..scope import Split
 from . import outside
 from .call import Leaf
@@ -146,6 +148,17 @@ class _Reader:
     spread: set[Value] = field(default_factory=set)
     """Values outside regions that are, or were made from, split ones: XLA may hold them otherwise than they say."""
 
+    def meet(self, mesh: Sizes) -> None:
+        """Take the axes of a mesh among the program's."""
+        for axis, size in mesh.items():
+            if self.sizes.get(axis, size) != size:
+                raise fail(
+                    f"plan: the program runs on two meshes whose axes {axis!r} differ: {show_sizes(self.sizes)} (size "
+                    f"{self.sizes[axis]}) and {show_sizes(mesh)} (size {size}). The plan knows one size of an axis. "
+                    "Give one of them another name, or plan the two parts apart."
+                )
+        self.sizes.update(mesh)
+
     def block(self, jaxpr: Jaxpr, given: Sequence[Value | None], chain: tuple[Any, ...], inside: Sizes) -> Block:
         """``jaxpr`` on the values ``given``."""
         env = dict(zip(jaxpr.invars, given, strict=True))
@@ -207,7 +220,7 @@ class _Reader:
     def _region(self, eqn: Any, ins: tuple[Value | None, ...], chain: Any, nodes: list[Node]) -> Sequence[Value | None]:
         params = eqn.params
         sizes = dict(params["mesh"].shape)
-        self.sizes.update(sizes)
+        self.meet(sizes)
         given = [
             self._enter(v.aval, spec, outer, nodes, chain)
             for v, spec, outer in zip(params["jaxpr"].invars, params["in_specs"], ins, strict=True)
@@ -418,7 +431,7 @@ def read(traced: Any, leaves: Sequence[Leaf]) -> Program:
     meshes = [x.array.sharding.mesh for x, (_, sizes) in zip(leaves, lies, strict=True) if sizes]
     meshes += _meshes(closed.jaxpr)
     for mesh in meshes:
-        reader.sizes.update(mesh.shape)
+        reader.meet(dict(mesh.shape))
     values = [_slice(v.aval, split, reader.sizes) for v, (split, _) in zip(closed.jaxpr.invars, lies, strict=True)]
     block = reader.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *values], (), {})
     block = pruned(block)
