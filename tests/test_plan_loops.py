@@ -149,3 +149,20 @@ def test_a_carry_is_known_exactly_or_not_at_all(first: PartitionSpec, returned: 
     if first in (PartitionSpec(), returned):
         assert not p.program.unknown
     assert p.program.unknown or _planned(p) == _compiled(p)
+
+
+# Branches outside every region
+
+
+@pytest.mark.parametrize("first", [PartitionSpec(), *SPECS], ids=str)
+@pytest.mark.parametrize("second", [PartitionSpec(), *SPECS], ids=str)
+def test_what_branches_give_is_known_exactly_or_not_at_all(first: PartitionSpec, second: PartitionSpec) -> None:
+    """The two give arrays that are split as these specs say; the sum of what was chosen tells how it lies."""
+
+    def program(a: jax.Array, b: jax.Array, asked: jax.Array) -> Any:
+        return jnp.sum(jax.lax.cond(jnp.all(asked > 0), lambda a, _: a * 2, lambda _, b: b * 3, a, b))
+
+    p = _outside(program, first, second, PartitionSpec())
+    if PartitionSpec() in (first, second) or first == second:
+        assert not p.program.unknown
+    assert p.program.unknown or _planned(p) == _compiled(p)

@@ -332,9 +332,17 @@ class _Reader:
             self.block(_with_consts(b.jaxpr), [*map(_whole, b.consts), *ins[1:]], chain, inside)
             for b in eqn.params["branches"]
         )
-        outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, branches[0].outs, strict=True))
-        self._stay_spread(outs, branches[0].outs)
-        nodes.append(Choice(branches, ins, outs, origin_of(chain, "cond", bool(inside))))
+        outs = tuple(_local(v.aval) for v in eqn.outvars)
+        origin = origin_of(chain, "cond", bool(inside))
+        if not inside:
+            ends = list(zip(*(b.outs for b in branches), strict=True))
+            lies = [outside.finest(*made) for made in ends]
+            outs = tuple(_slice(v.aval, split or (), self.sizes) for v, split in zip(eqn.outvars, lies, strict=True))
+            for out, made, split in zip(outs, ends, lies, strict=True):
+                self._stay_spread([out] * len(made), made)
+                if split is None:
+                    self.unknown.append(Op("cond", {}, made, (out,), origin, {}))
+        nodes.append(Choice(branches, ins, outs, origin))
         return outs
 
 
