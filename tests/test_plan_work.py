@@ -172,3 +172,38 @@ def test_loops_count_their_turns() -> None:
         return jax.lax.scan(lambda c, _: (mw.dot(c, w, "b").rename(c="b"), None), x, None, length=7)[0]
 
     assert _flops(program, x, w).matmul == 7 * 2 * math.prod((8, 4, 4))
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_of_branches_the_one_with_the_most_work_counts(turns: int) -> None:
+    """One of them runs, in each turn; the collectives of all are listed."""
+    x, w = tensor(*mw.dims(a=8, b=4)), tensor(*mw.dims(b=4, c=4), seed=1)
+
+    def program(x: Any, w: Any) -> Any:
+        def product(x: Any) -> Any:
+            return mw.dot(x, w, "b").rename(c="b")
+
+        def turn(x: Any, i: Any) -> Any:
+            return jax.lax.switch(i, [lambda x: x, lambda x: product(product(x)), product], x), None
+
+        return jax.lax.scan(turn, x, jnp.arange(turns))[0]
+
+    assert _flops(program, x, w).matmul == turns * 2 * 2 * math.prod((8, 4, 4))
+    p = plan(Way("x=2", "b:x").region(program), x, w)
+    assert p.flops.matmul == turns * 2 * 2 * math.prod((8, 4, 4)) // 2
+    assert [(row.times, row.sure) for row in p.collectives] == [(turns, False)] * 3
+
+
+GROUPS, ROWS, WIDTH, FEATURES = 4, 64, 8, 16
+
+
+@pytest.mark.parametrize("wanted", ["result", "rows", "matrices"])
+def test_a_product_by_groups_and_its_gradients(wanted: str) -> None:
+    """Each row meets one matrix: as many multiplications as one product of all rows has, in each gradient as well."""
+    rows, matrices = jnp.ones((ROWS, WIDTH)), jnp.ones((GROUPS, WIDTH, FEATURES))
+
+    def program(rows: Any, matrices: Any) -> Any:
+        return jnp.sum(jax.lax.ragged_dot(rows, matrices, jnp.full(GROUPS, ROWS // GROUPS, jnp.int32)))
+
+    gradients = {"rows": jax.grad(program, 0), "matrices": jax.grad(program, 1)}
+    assert plan(gradients.get(wanted, program), rows, matrices).flops.matmul == 2 * ROWS * WIDTH * FEATURES

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh
 from jax.sharding import Mesh as JaxMesh
 
 from ..devices import present
@@ -20,6 +19,7 @@ from ..errors import fail
 from ..mesh import Mesh
 from ..scope import Axes
 from ..topology import Topology
+from .call import Call
 from .compiled import Compiled, CompiledMemory, Planned
 from .described import described_mesh
 from .exhausted import Allocation, Exhausted, read_exhausted
@@ -31,38 +31,6 @@ from .program import Block, Choice, Loop, Op, Program, Value
 
 NUM_LARGEST = 8
 """How many tensors of a program that does not fit are listed."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A function and what it is called with, to be traced again for other devices."""
-
-    fn: Any
-    """As ``jax.jit`` returns it."""
-    args: tuple[Any, ...]
-    """Shapes, where arrays were given."""
-
-    @classmethod
-    def of(cls, fn: Any, args: tuple[Any, ...]) -> "Call":
-        return cls(fn, jax.tree.map(_shape_of, args))
-
-    def over(self, mesh: JaxMesh) -> Any:
-        """The trace for the devices of ``mesh``: each argument is split as it was."""
-
-        def placed(x: Any) -> Any:
-            if not isinstance(x, jax.ShapeDtypeStruct):
-                return x
-            spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else PartitionSpec()
-            return x.update(sharding=NamedSharding(mesh, spec))
-
-        return self.fn.trace(*jax.tree.map(placed, self.args))
-
-
-def _shape_of(x: Any) -> Any:
-    if not isinstance(x, jax.Array | np.ndarray):
-        return x
-    where = x.sharding if isinstance(x, jax.Array) else None
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=jax.typeof(x).weak_type)
 
 
 @dataclass(frozen=True)

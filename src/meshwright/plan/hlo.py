@@ -48,7 +48,7 @@ _BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _LISTED = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _COUNTER = re.compile(r"[su]\d+\[\]")
@@ -250,7 +250,8 @@ class _Module:
 
 
 def _constant(line: _Line) -> int | None:
-    found = re.match(r"(\d+)\)", line.rest) if line.opcode == "constant" else None
+    whole = line.opcode == "constant" and _COUNTER.match(line.type)
+    found = re.match(r"(\d+)\)", line.rest) if whole else None
     return int(found[1]) if found is not None else None
 
 

@@ -11,7 +11,7 @@ Two facts are followed through a program, by the operations that make values and
 from dataclasses import dataclass, field
 
 from ..tensor import PARAMETER
-from .program import Argument, Block, Choice, Loop, Op, Program, Value
+from .program import Argument, Block, Choice, Loop, Op, Program, Value, reads_of
 
 _MOVES = frozenset({
     "all_gather", "all_gather_invariant", "all_gather_reduced", "broadcast_in_dim", "concatenate",
@@ -51,7 +51,7 @@ class Lineage:
             if isinstance(node, Op):
                 self._op(node)
             elif isinstance(node, Loop):
-                reads = (*node.consts, *node.carry, *node.scanned)
+                reads = reads_of(node)
                 self._pass(reads, node.body.ins[len(node.body.ins) - len(reads) :])
                 self._walk(node.body)
             elif isinstance(node, Choice):

@@ -62,6 +62,13 @@ def _joined(known: Sequence[Split]) -> Split | None:
     return tuple(joined) if len(set(used)) == len(used) else None
 
 
+def finest(*values: Any) -> Split | None:
+    """The split of values of one shape that XLA must lay one way; None when no split is as fine as each one's, () when
+    all are whole."""
+    known = [v.split for v in values if v is not None and any(v.split)]
+    return _joined(known) if known else ()
+
+
 def _of_sharding(sharding: Any, ndim: int) -> Split:
     entries = [() if _is_open(e) else (e,) if isinstance(e, str) else tuple(e) for e in getattr(sharding, "spec", ())]
     return tuple(entries + [()] * (ndim - len(entries)))

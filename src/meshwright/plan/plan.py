@@ -13,12 +13,11 @@ from rich.console import Console, ConsoleOptions, RenderableType
 
 from ..devices import show_sizes
 from ..errors import fail, fail_type
-from ..explain import path_text
 from ..mesh import Mesh
-from ..tensor import Tensor, is_tensor
 from ..topology import Topology
+from .call import Call, Leaf
 from .compiled import Compiled, Planned
-from .compiling import Call, Target, compiled, largest_of, planned_memory
+from .compiling import Target, compiled, largest_of, planned_memory
 from .hardware import Hardware
 from .lineage import Lineage
 from .memory import Memory, memory_of
@@ -173,32 +172,29 @@ class Comparison:
         return as_text(comparison(self.sides))
 
 
-def plan(fn: Callable[..., Any], *args: Any) -> Plan:
-    """What ``fn(*args)`` will do, read from its trace: nothing is compiled, nothing runs.
+def plan(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Plan:
+    """What ``fn(*args, **kwargs)`` will do, read from its trace: nothing is compiled, nothing runs.
 
     Args:
         fn: any function that contains regions, compiled by ``jax.jit`` or not: a loss, its gradient, a training step.
         args: real arguments, or their shapes (``jax.eval_shape``; placed by ``mw.shard``, which says how they lie).
+            What is neither array nor number (a string, a function that is a leaf of a module) is static.
+        kwargs: arguments given by name.
 
     Raises:
         TypeError: ``fn`` cannot be called.
     """
     if not callable(fn):
         raise fail_type(f"plan: expected a function, found {type(fn).__name__}. Write mw.plan(step, state, batch).")
-    wrapped: Any = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
-    traced = wrapped.trace(*args)
-    paths, _ = jax.tree_util.tree_flatten_with_path(args, is_leaf=is_tensor)
-    leaves, about = [], []
-    for path, x in paths:
-        role, names = (x.role, x.names) if isinstance(x, Tensor) else ("", ())
-        leaves.append(x.raw if isinstance(x, Tensor) else x)
-        about.append((path_text(path), role, names))
-    return Plan(read(traced, leaves, about), Call.of(wrapped, args), _present(leaves), traced.fun_name)
+    call = Call.of(fn, args, kwargs)
+    traced = call.trace()
+    leaves = call.leaves(traced)
+    return Plan(read(traced, leaves), call.shapes(), _present(leaves), traced.fun_name)
 
 
-def _present(leaves: Sequence[Any]) -> Machine | None:
+def _present(leaves: Sequence[Leaf]) -> Machine | None:
     """The machine on which the arguments lie, when it is in the table."""
-    for x in leaves:
+    for x in (leaf.array for leaf in leaves):
         found = x.sharding if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else None
         if isinstance(found, NamedSharding) and isinstance(found.mesh, jax.sharding.Mesh):
             chip = Hardware.of_kind(found.mesh.devices.flat[0].device_kind)

@@ -24,8 +24,11 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from ..devices import show_sizes
+from ..errors import fail
 from ..scope import Split
 from . import outside
+from .call import Leaf
 from .origin import Origin, origin_of
 
 Sizes = dict[str, int]
@@ -72,6 +75,7 @@ class Loop:
     """A body that runs several times."""
 
     body: "Block"
+    """One turn; of a while loop the condition first, which is its last result."""
     length: int | None
     """How often; None when that depends on values (a while loop)."""
     consts: tuple[Value | None, ...]
@@ -144,6 +148,17 @@ class _Reader:
     spread: set[Value] = field(default_factory=set)
     """Values outside regions that are, or were made from, split ones: XLA may hold them otherwise than they say."""
 
+    def meet(self, mesh: Sizes) -> None:
+        """Take the axes of a mesh among the program's."""
+        for axis, size in mesh.items():
+            if self.sizes.get(axis, size) != size:
+                raise fail(
+                    f"plan: the program runs on two meshes whose axes {axis!r} differ: {show_sizes(self.sizes)} (size "
+                    f"{self.sizes[axis]}) and {show_sizes(mesh)} (size {size}). The plan knows one size of an axis. "
+                    "Give one of them another name, or plan the two parts apart."
+                )
+        self.sizes.update(mesh)
+
     def block(self, jaxpr: Jaxpr, given: Sequence[Value | None], chain: tuple[Any, ...], inside: Sizes) -> Block:
         """``jaxpr`` on the values ``given``."""
         env = dict(zip(jaxpr.invars, given, strict=True))
@@ -205,7 +220,7 @@ class _Reader:
     def _region(self, eqn: Any, ins: tuple[Value | None, ...], chain: Any, nodes: list[Node]) -> Sequence[Value | None]:
         params = eqn.params
         sizes = dict(params["mesh"].shape)
-        self.sizes.update(sizes)
+        self.meet(sizes)
         given = [
             self._enter(v.aval, spec, outer, nodes, chain)
             for v, spec, outer in zip(params["jaxpr"].invars, params["in_specs"], ins, strict=True)
@@ -238,38 +253,75 @@ class _Reader:
         params, closed = eqn.params, eqn.params["jaxpr"]
         first, num_carry = _scan_parts(params)
         last = first + num_carry
+        origin = origin_of(chain, "scan", bool(inside))
+        if not inside:
+            stacks = zip(eqn.invars[last:], ins[last:], strict=True)
+            ins = (*ins[:last], *(self._gathered(v.aval, x, origin, nodes) for v, x in stacks))
         given = [
             _like(v.aval, x, inside, self.sizes, drop=i >= last)
             for i, (v, x) in enumerate(zip(closed.jaxpr.invars, ins, strict=True))
         ]
         self._stay_spread(given, ins)
-        body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
+        body = self._turn(eqn, closed, given, range(first, last), chain, inside)
         outs = tuple(
             _like(v.aval, x, inside, self.sizes, add=i >= num_carry)
-            for i, (v, x) in enumerate(zip(eqn.outvars, body.outs, strict=True))
+            for i, (v, x) in enumerate(zip(eqn.outvars, (*given[first:last], *body.outs[num_carry:]), strict=True))
         )
         self._stay_spread(outs, body.outs)
-        origin = origin_of(chain, "scan", bool(inside))
         nodes.append(Loop(body, params["length"], ins[:first], ins[first:last], ins[last:], outs, origin))
         return outs
+
+    def _gathered(self, aval: Any, stack: Value | None, origin: Origin, nodes: list[Node]) -> Value | None:
+        """A stack as turns outside a region read it: whole, since every device takes every turn."""
+        if stack is None or not any(stack.split[:1]):
+            return stack
+        whole = _slice(aval, ((), *stack.split[1:]), self.sizes)
+        self._stay_spread([whole], [stack])
+        nodes.append(Op("all_gather", {"axes": stack.split[0]}, (stack,), (whole,), origin, self.sizes))
+        return whole
+
+    def _turn(
+        self, eqn: Any, closed: ClosedJaxpr, given: list[Value], carry: range, chain: Any, inside: Sizes
+    ) -> Block:
+        """The body of a loop. Outside a region XLA lays what turns hand on one way before, in and after the loop: as
+        finely split as the first value or as what a turn returns (sums of gradients begin as zeros that say nothing),
+        which reading the body tells. ``given`` becomes what the body is given in the end."""
+        while True:
+            num_unknown, spread = len(self.unknown), set() if inside else set(self.spread)
+            body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
+            handed = [] if inside else list(zip(carry, body.outs, strict=False))
+            lies = {i: outside.finest(given[i], v) for i, v in handed}
+            finer = {i: split for i, split in lies.items() if split and split != given[i].split}
+            if not finer:
+                break
+            del self.unknown[num_unknown:]
+            self.spread = spread
+            for i, split in finer.items():
+                given[i] = _slice(closed.jaxpr.invars[i].aval, split, self.sizes)
+                self.spread.add(given[i])
+        name = eqn.primitive.name
+        torn = [
+            Op(name, {}, (v,), (given[i],), origin_of(chain, name, False), {}) for i, v in handed if lies[i] is None
+        ]
+        self.unknown.extend(torn)
+        return body
 
     def _while(self, eqn: Any, ins: Any, chain: Any, inside: Sizes, nodes: list[Node]) -> Sequence[Value]:
         params = eqn.params
         tests, bodies = params["cond_nconsts"], params["body_nconsts"]
-        carry = ins[tests + bodies :]
-        closed = params["body_jaxpr"]
-        given = [_like(v.aval, x, inside, self.sizes) for v, x in zip(closed.jaxpr.invars, ins[tests:], strict=True)]
-        self._stay_spread(given, ins[tests:])
-        body = self.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *given], chain, inside)
-        test = params["cond_jaxpr"]
-        asked = self.block(
-            _with_consts(test.jaxpr), [*map(_whole, test.consts), *ins[:tests], *given[bodies:]], chain, inside
-        )
-        body.nodes[:0] = asked.nodes
-        outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, body.outs, strict=True))
-        self._stay_spread(outs, body.outs)
+        carry, closed, test = ins[tests + bodies :], params["body_jaxpr"], params["cond_jaxpr"]
+        types = [*test.jaxpr.invars[:tests], *closed.jaxpr.invars]
+        given = [_like(v.aval, x, inside, self.sizes) for v, x in zip(types, ins, strict=True)]
+        self._stay_spread(given, ins)
+        asked, taken = given[:tests], given[tests:]
+        turn = self._turn(eqn, closed, taken, range(bodies, len(taken)), chain, inside)
+        handed = taken[bodies:]
+        before = self.block(_with_consts(test.jaxpr), [*map(_whole, test.consts), *asked, *handed], chain, inside)
+        outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, handed, strict=True))
+        self._stay_spread(outs, turn.outs)
+        body = Block((*asked, *taken), [*before.nodes, *turn.nodes], (*turn.outs, *before.outs))
         origin = origin_of(chain, "while_loop", bool(inside))
-        nodes.append(Loop(body, None, ins[tests : tests + bodies], carry, (), outs, origin))
+        nodes.append(Loop(body, None, ins[: tests + bodies], carry, (), outs, origin))
         return outs
 
     def _stay_spread(self, values: Sequence[Value], like: Sequence[Value | None]) -> None:
@@ -280,9 +332,17 @@ class _Reader:
             self.block(_with_consts(b.jaxpr), [*map(_whole, b.consts), *ins[1:]], chain, inside)
             for b in eqn.params["branches"]
         )
-        outs = tuple(_like(v.aval, x, inside, self.sizes) for v, x in zip(eqn.outvars, branches[0].outs, strict=True))
-        self._stay_spread(outs, branches[0].outs)
-        nodes.append(Choice(branches, ins, outs, origin_of(chain, "cond", bool(inside))))
+        outs = tuple(_local(v.aval) for v in eqn.outvars)
+        origin = origin_of(chain, "cond", bool(inside))
+        if not inside:
+            ends = list(zip(*(b.outs for b in branches), strict=True))
+            lies = [outside.finest(*made) for made in ends]
+            outs = tuple(_slice(v.aval, split or (), self.sizes) for v, split in zip(eqn.outvars, lies, strict=True))
+            for out, made, split in zip(outs, ends, lies, strict=True):
+                self._stay_spread([out] * len(made), made)
+                if split is None:
+                    self.unknown.append(Op("cond", {}, made, (out,), origin, {}))
+        nodes.append(Choice(branches, ins, outs, origin))
         return outs
 
 
@@ -366,28 +426,27 @@ def sharded(x: Any) -> tuple[Split, Sizes]:
     return _split_of(found.spec, len(x.shape)), dict(found.mesh.shape)
 
 
-def read(traced: Any, leaves: Sequence[Any], about: Sequence[tuple[str, str, tuple[str, ...]]]) -> Program:
+def read(traced: Any, leaves: Sequence[Leaf]) -> Program:
     """The program of a trace.
 
     Args:
         traced: what ``jax.jit(fn).trace(...)`` returns.
         leaves: the arrays (or their shapes) it was traced on.
-        about: each one's path, role and names.
     """
     reader = _Reader()
-    lies = [sharded(x) for x in leaves]
+    lies = [sharded(leaf.array) for leaf in leaves]
     closed = traced.jaxpr
-    meshes = [x.sharding.mesh for x, (_, sizes) in zip(leaves, lies, strict=True) if sizes]
+    meshes = [x.array.sharding.mesh for x, (_, sizes) in zip(leaves, lies, strict=True) if sizes]
     meshes += _meshes(closed.jaxpr)
     for mesh in meshes:
-        reader.sizes.update(mesh.shape)
+        reader.meet(dict(mesh.shape))
     values = [_slice(v.aval, split, reader.sizes) for v, (split, _) in zip(closed.jaxpr.invars, lies, strict=True)]
     block = reader.block(_with_consts(closed.jaxpr), [*map(_whole, closed.consts), *values], (), {})
     block = pruned(block)
     donated = set(traced.donate_argnums or ())
     arguments = tuple(
-        Argument(path, value, role, names, i in donated)
-        for i, ((path, role, names), value) in enumerate(zip(about, values, strict=True))
+        Argument(leaf.path, value, leaf.role, leaf.names, i in donated)
+        for i, (leaf, value) in enumerate(zip(leaves, values, strict=True))
     )
     mesh = min(meshes, key=lambda mesh: isinstance(mesh, AbstractMesh), default=None)
     return Program(block, arguments, traced, reader.sizes, tuple(reader.unknown), mesh)
@@ -425,11 +484,12 @@ def _needed(block: Block, wanted: set[int]) -> tuple[list[Node], set[int]]:
         elif isinstance(node, Choice):
             node.branches = tuple(_pruned_branch(node, b, wanted) for b in node.branches)
         kept.append(node)
-        wanted |= {id(v) for v in _reads(node) if v is not None}
+        wanted |= {id(v) for v in reads_of(node) if v is not None}
     return kept[::-1], wanted
 
 
-def _reads(node: Node) -> tuple[Value | None, ...]:
+def reads_of(node: Node) -> tuple[Value | None, ...]:
+    """What an operation, a loop or a choice reads."""
     return (*node.consts, *node.carry, *node.scanned) if isinstance(node, Loop) else node.ins
 
 
@@ -440,11 +500,11 @@ def _pruned_branch(node: Choice, branch: Block, wanted: set[int]) -> Block:
 
 def _pruned_loop(loop: Loop, wanted: set[int]) -> Loop:
     """A loop whose body does what the results wanted need: those, and the carry that leads to them."""
-    num_carry, first = len(loop.carry), len(loop.body.ins) - len(_reads(loop))
+    num_carry, first = len(loop.carry), len(loop.body.ins) - len(reads_of(loop))
     inner = loop.body.ins[first:]
     turns_need = {i for i, v in enumerate(loop.outs) if id(v) in wanted}
     if loop.length is None:
-        turns_need |= set(range(num_carry))
+        turns_need |= set(range(len(loop.body.outs)))
     while True:
         ends = {id(v) for i, v in enumerate(loop.body.outs) if i in turns_need and v is not None}
         nodes, reads = _needed(loop.body, set(ends))

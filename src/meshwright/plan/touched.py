@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from .primitives import BINARY, READING, UNARY
-from .program import Block, Loop, Node, Op, Value
+from .program import Block, Op, Value, reads_of
 from .traffic import rows_of
 
 VIEWS = frozenset({
@@ -95,11 +95,6 @@ def _readers(block: Block, passes: Passes) -> dict[int, set[int]]:
     for v in block.outs:
         found[id(passes.source(v))].add(_ENDS)
     return found
-
-
-def reads_of(node: Node) -> tuple[Value | None, ...]:
-    """What an operation, a loop or a choice reads."""
-    return (*node.consts, *node.carry, *node.scanned) if isinstance(node, Loop) else node.ins
 
 
 def _touched(op: Op, passes: Passes, read: dict[int, set[int]]) -> int:

@@ -2,8 +2,9 @@
 
 A product of matrices counts two for each multiplication with its addition, a convolution the same for each tap that
 meets an element (not the zeros of padding and dilation, so that its gradients cost what it costs), an elementwise
-operation one for each element of its result, a reduction one for each element that it reads. Loops count their turns.
-What moves data (reshape, transpose, gather, slices, casts) counts nothing.
+operation one for each element of its result, a reduction one for each element that it reads. Loops count their turns,
+a while loop one; of branches the one with the most work counts. What moves data (reshape, transpose, gather, slices,
+casts) counts nothing.
 
 Work is *useful* the first time it is done, *recomputed* when rematerialisation does it again, and *duplicated* where
 devices along an axis hold the same operands and do the same: d devices that do one thing waste d - 1 of d.
@@ -18,7 +19,7 @@ import numpy as np
 
 from .origin import RECOMPUTE, Origin
 from .primitives import BINARY, READING, UNARY
-from .program import Op, Program, each
+from .program import Block, Choice, Loop, Op, Program
 
 MATMUL, CONVOLUTION, ELEMENTWISE = "matmul", "convolution", "elementwise"
 
@@ -31,8 +32,7 @@ def flops_of(op: Op) -> tuple[str, int]:
             return ELEMENTWISE, op.outs[0].num_elements
         return MATMUL, 2 * op.outs[0].num_elements * _contracted(op)
     if op.name == "ragged_dot_general":
-        left, out = op.ins[0], op.outs[0]
-        return MATMUL, 2 * out.num_elements * (left.shape[-1] if left is not None else 1)
+        return MATMUL, 2 * _ragged(op)
     if op.name == "conv_general_dilated":
         return CONVOLUTION, 2 * _taps(op)
     if op.name in UNARY or op.name in BINARY:
@@ -46,6 +46,18 @@ def _contracted(op: Op) -> int:
     (left, right), _ = op.params["dimension_numbers"]
     given, places = (op.ins[0], left) if op.ins[0] is not None else (op.ins[1], right)
     return math.prod(given.shape[i] for i in places) if given is not None else 1
+
+
+def _ragged(op: Op) -> int:
+    """The multiplications of a product by groups: each row meets the matrix of its own group alone, be the rows kept,
+    or summed over, as in the gradient for the matrices."""
+    rows, matrices = op.ins[:2]
+    if rows is None or matrices is None:
+        return 0
+    numbers = op.params["ragged_dot_dimension_numbers"]
+    (_, summed), (_, batch) = numbers.dot_dimension_numbers
+    met = {*summed, *batch, *numbers.rhs_group_dimensions}
+    return rows.num_elements * math.prod(n for i, n in enumerate(matrices.shape) if i not in met)
 
 
 def _taps(op: Op) -> int:
@@ -135,14 +147,23 @@ class Flops:
 
 def flops_in(program: Program) -> Flops:
     """The work of a program."""
-    return Flops(tuple(_works(program)))
+    return Flops(tuple(_works(program.block, 1, program.sizes)))
 
 
-def _works(program: Program) -> Iterator[Work]:
-    for op, times, _ in each(program.block):
-        kind, flops = flops_of(op)
-        if flops:
-            yield Work(kind, flops * times, copies_of(op, program.sizes), op.origin)
+def _works(block: Block, times: int, sizes: dict[str, int]) -> Iterator[Work]:
+    for node in block.nodes:
+        if isinstance(node, Loop):
+            yield from _works(node.body, times * (node.length if node.length is not None else 1), sizes)
+        elif isinstance(node, Choice):
+            yield from max((tuple(_works(b, times, sizes)) for b in node.branches), key=_total)
+        else:
+            kind, flops = flops_of(node)
+            if flops:
+                yield Work(kind, flops * times, copies_of(node, sizes), node.origin)
+
+
+def _total(works: tuple[Work, ...]) -> int:
+    return sum(work.flops for work in works)
 
 
 def copies_of(op: Op, sizes: dict[str, int]) -> int:
