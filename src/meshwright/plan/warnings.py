@@ -16,7 +16,7 @@ from ..tensor import ACTIVATION, PARAMETER
 from .lineage import Lineage
 from .network import Machine
 from .origin import FORWARD, Origin
-from .program import Argument, Block, Loop, Op, Program, Value
+from .program import Argument, Block, Choice, Loop, Op, Program, Value
 from .time import product_sizes
 from .touched import VIEWS
 from .traffic import ALL_GATHER, ALL_REDUCE, Collective, rows_of
@@ -61,7 +61,6 @@ class Ran:
     op: Op
     times: int
     looped: bool
-    block: Block
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,12 @@ class Known:
     ran: tuple[Ran, ...] = field(repr=False)
     users: dict[int, list[Op]] = field(repr=False)
     """Who reads a value, by its id, beyond views of it."""
+    makers: dict[int, Op] = field(repr=False)
+    """What makes a value, by its id."""
+    gathered: dict[int, set[str]] = field(repr=False)
+    """The axes over which a value is gathered, by its id."""
+    given: dict[int, Value] = field(repr=False)
+    """What a loop gives its body for a value of the body, by its id."""
 
     @classmethod
     def of(cls, program: Program, lineage: Lineage, machine: Machine | None, peak_bytes: int) -> "Known":
@@ -84,7 +89,14 @@ class Known:
         for each in ran:
             for v in each.op.ins:
                 users[id(v)].append(each.op)
-        return cls(program, lineage, machine, peak_bytes, ran, users)
+        makers = {id(v): each.op for each in ran for v in each.op.outs}
+        gathered: dict[int, set[str]] = defaultdict(set)
+        for each in ran:
+            for row in (row for row in rows_of(each.op) if row.kind == ALL_GATHER):
+                for v in each.op.outs:
+                    gathered[id(v)].update(row.axes)
+        given = dict(_given(program.block))
+        return cls(program, lineage, machine, peak_bytes, ran, users, makers, gathered, given)
 
     def seconds(self, rows: Sequence[Collective]) -> float | None:
         """What collectives take, all their runs."""
@@ -99,6 +111,22 @@ class Known:
             else:
                 yield op
 
+    def splitting(self, parameter: Value) -> Axes:
+        """The axes that split a parameter where it is used: those of its layout at rest, less what gathers it.
+
+        Its own ``varying`` says less: whole parameters vary as well, where each device makes its own gradient.
+        """
+        split: set[str] = set()
+        gathered: set[str] = set()
+        value: Value | None = parameter
+        while value is not None and (argument := self.lineage.parameter(value)) is not None:
+            split = _axes_of(argument.value)
+            gathered |= self.gathered.get(id(value), set())
+            maker = self.makers.get(id(value))
+            value = maker.ins[0] if maker is not None else self.given.get(id(value))
+        split -= gathered
+        return tuple(a for a in self.program.sizes if a in split)
+
     @property
     def tile(self) -> int:
         return self.machine.hardware.tile if self.machine is not None else TILE
@@ -107,12 +135,24 @@ class Known:
 def _ran(block: Block, times: int, looped: bool) -> Iterator[Ran]:
     for node in block.nodes:
         if isinstance(node, Op):
-            yield Ran(node, times, looped, block)
+            yield Ran(node, times, looped)
         elif isinstance(node, Loop):
             yield from _ran(node.body, times * (node.length if node.length is not None else 1), True)
         else:
             for branch in node.branches:
                 yield from _ran(branch, times, looped)
+
+
+def _given(block: Block) -> Iterator[tuple[int, Value]]:
+    for node in block.nodes:
+        if isinstance(node, Loop):
+            reads = (*node.consts, *node.carry, *node.scanned)
+            inner = node.body.ins[len(node.body.ins) - len(reads) :]
+            yield from ((id(v), x) for v, x in zip(inner, reads, strict=True) if x is not None)
+            yield from _given(node.body)
+        elif isinstance(node, Choice):
+            for branch in node.branches:
+                yield from _given(branch)
 
 
 def warnings_of(known: Known) -> tuple[PlanWarning, ...]:
@@ -211,7 +251,7 @@ def _feeds_split_weights(op: Op, axes: Axes, known: Known) -> bool:
     """Whether what is gathered meets a parameter that is split over the axis: then each device does its own part."""
     for reader in known.read_by(op.outs[0]):
         others = [v for v in reader.ins if v is not None and known.lineage.parameter(v) is not None]
-        if flops_of(reader)[0] == MATMUL and any(v.varying & set(axes) for v in others):
+        if flops_of(reader)[0] == MATMUL and any(set(known.splitting(v)) & set(axes) for v in others):
             return True
         if flops_of(reader)[0] == ELEMENTWISE and reader.outs and _leads_to_split_weights(reader, axes, known, 8):
             return True
@@ -222,7 +262,7 @@ def _leads_to_split_weights(op: Op, axes: Axes, known: Known, depth: int) -> boo
     for reader in (r for out in op.outs for r in known.read_by(out)):
         others = [v for v in reader.ins if v is not None and known.lineage.parameter(v) is not None]
         if flops_of(reader)[0] == MATMUL:
-            if any(v.varying & set(axes) for v in others):
+            if any(set(known.splitting(v)) & set(axes) for v in others):
                 return True
         elif depth and _leads_to_split_weights(reader, axes, known, depth - 1):
             return True
@@ -261,10 +301,9 @@ def _summed(known: Known) -> Iterator[PlanWarning]:
 
 def _of_product(ran: Ran, known: Known) -> bool:
     """Whether what is summed comes from a product: not a statistic, nor a lookup."""
-    makers = {id(v): op for op in ran.block.nodes if isinstance(op, Op) for v in op.outs}
     value, steps = ran.op.ins[0], 0
-    while value is not None and id(value) in makers and steps < 16:
-        maker = makers[id(value)]
+    while value is not None and id(value) in known.makers and steps < 16:
+        maker = known.makers[id(value)]
         if flops_of(maker)[0] == MATMUL and flops_of(maker)[1]:
             return True
         if maker.name not in VIEWS and maker.name not in ("add", "mul"):
@@ -296,7 +335,7 @@ def _replicated(known: Known) -> Iterator[PlanWarning]:
         origin.file if origin else "",
         origin.line if origin else 0,
         f"{len(fit)} tensors of parameters and optimizer state lie whole on each of the {known.program.sizes[axis]} "
-        f"devices along {axis}: {show_bytes(saved)} a device held for nothing. The largest: {worst.path}.",
+        f"devices along {axis}: {show_bytes(saved)} a device held for nothing. The largest: {_named(worst)}.",
         saved,
         0.0 if known.machine is not None else None,
         f'Split them at rest: Layout(..., params="{axis}"). Gradients then need a reduce-scatter, and each use a '
@@ -394,7 +433,7 @@ def _slow_network(known: Known) -> Iterator[PlanWarning]:
 
 
 def _uneven(known: Known) -> Iterator[PlanWarning]:
-    """Dims of parameters that no multiple of an axis, which splits other parameters, fits."""
+    """Parameters of which no free dim is a multiple of an axis that splits others, by its longest dim."""
     parameters = [a for a in known.program.arguments if a.role == PARAMETER and a.names]
     whole_bytes = sum(_whole_bytes(a, known) for a in parameters)
     told: dict[tuple[str, int, str], list[Argument]] = defaultdict(list)
@@ -403,9 +442,10 @@ def _uneven(known: Known) -> Iterator[PlanWarning]:
         for a in parameters if splitting and size > 1 else ():
             if axis in _axes_of(a.value) or _whole_bytes(a, known) < SHARE * whole_bytes:
                 continue
-            for name, length in zip(a.names, _whole_shape(a, known), strict=True):
-                if length > size and length % size and name not in splitting:
-                    told[name, length, axis].append(a)
+            free = {n: length for n, length in _free_dims(a, known) if length > size and n not in splitting}
+            if free and all(length % size for _, length in _free_dims(a, known)):
+                name = max(free, key=lambda n: free[n])
+                told[name, free[name], axis].append(a)
     for (name, length, axis), found in told.items():
         size = known.program.sizes[axis]
         origin = _first_use(found[0], known)
@@ -414,7 +454,7 @@ def _uneven(known: Known) -> Iterator[PlanWarning]:
             "uneven",
             origin.file if origin else "",
             origin.line if origin else 0,
-            f"{name}={length} is no multiple of {axis}={size}, so {found[0].path}"
+            f"{name}={length} is no multiple of {axis}={size}, so {_named(found[0])}"
             + (f" and {len(found) - 1} more" if len(found) > 1 else "")
             + f" cannot be split there: {show_bytes(held)} more a device.",
             held,
@@ -426,6 +466,18 @@ def _uneven(known: Known) -> Iterator[PlanWarning]:
                 else "."
             ),
         )
+
+
+def _free_dims(argument: Argument, known: Known) -> Iterator[tuple[str, int]]:
+    """The dims of a tensor that nothing splits, and their sizes."""
+    split = argument.value.split or ((),) * len(argument.names)
+    sizes = zip(argument.names, _whole_shape(argument, known), split, strict=True)
+    yield from ((name, size) for name, size, axes in sizes if not axes)
+
+
+def _named(argument: Argument) -> str:
+    """A tensor by its place among the arguments."""
+    return f"argument {argument.path}" if argument.path.isdigit() else argument.path or "the argument"
 
 
 def _round(length: int, size: int, tile: int) -> int:
@@ -477,7 +529,7 @@ def _width(op: Op) -> int:
 def _weight_axes(op: Op, known: Known) -> Axes:
     """The axes that split the parameter of a product."""
     weight = next(v for v in op.ins if v is not None and known.lineage.parameter(v) is not None)
-    return tuple(a for a in known.program.sizes if a in weight.varying)
+    return known.splitting(weight)
 
 
 def _memory(known: Known) -> Iterator[PlanWarning]:
@@ -486,7 +538,7 @@ def _memory(known: Known) -> Iterator[PlanWarning]:
     if known.machine is None or not there or known.peak_bytes <= there:
         return
     largest = sorted(known.program.arguments, key=lambda a: -a.value.num_bytes)[:3]
-    listed = ", ".join(f"{a.path} ({show_bytes(a.value.num_bytes)})" for a in largest)
+    listed = ", ".join(f"{_named(a)} ({show_bytes(a.value.num_bytes)})" for a in largest)
     yield PlanWarning(
         "memory",
         "",
