@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from ..devices import counted
 from ..explain import show_bytes
 from ..plan import Plan
 from ..plan.compiled import Compiled
@@ -37,10 +38,13 @@ class Side:
         return layout_text(self.place)
 
     def __str__(self) -> str:
-        """The layout on its mesh, and that the devices have too little memory, where they have."""
+        """The layout on its mesh, and what is to be known of it: how it is lowered, and that the devices have too
+        little memory, or that the figures lack what XLA chooses."""
         there, needed = self.summary.available_bytes, self.summary.peak_bytes
         lack = f": does not fit, {show_bytes(needed)} of {show_bytes(there)}" if there and needed > there else ""
-        return f"{self.layout} on {self.place.mesh.text}{lack}"
+        num = len(self.plan.program.unknown)
+        chosen = f": incomplete, XLA chooses what {counted(num, 'operation')} will send" if num else ""
+        return f"{self.layout} on {self.place.mesh.text}{chosen}{lack}"
 
     def data(self) -> dict[str, Any]:
         """All of it for a program to read."""

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from ..devices import counted
 from ..explain import show_bytes
 from ..scope import Axes
 from ..tensor import ACTIVATION, PARAMETER
@@ -36,14 +37,14 @@ class PlanWarning:
     """One thing that is probably not as it should be."""
 
     kind: str
-    """``duplicated``, ``gathered``, ``summed``, ``replicated``, ``small_batch``, ``slow_network``, ``uneven``,
-    ``thin`` or ``memory``."""
+    """``unknown``, ``duplicated``, ``gathered``, ``summed``, ``replicated``, ``small_batch``, ``slow_network``,
+    ``uneven``, ``thin`` or ``memory``."""
     file: str
     line: int
     message: str
     """What it is, with names and sizes."""
-    num_bytes: int
-    """What it costs a device: bytes moved, or held where it says so."""
+    num_bytes: int | None
+    """What it costs a device: bytes moved, or held where it says so; None when that is not known."""
     seconds: float | None
     """What it costs in time, nothing of it hidden; None when no machine is known."""
     remedy: str
@@ -156,13 +157,38 @@ def _given(block: Block) -> Iterator[tuple[int, Value]]:
 
 
 def warnings_of(known: Known) -> tuple[PlanWarning, ...]:
-    """Every warning; what takes the most time first, then the most bytes."""
+    """Every warning: first what makes figures incomplete, then a lack of memory, then what takes the most time."""
     found = [warning for check in _CHECKS for warning in check(known)]
-    return tuple(sorted(found, key=lambda w: (w.kind != "memory", -(w.seconds or 0.0), -w.num_bytes)))
+    return tuple(sorted(found, key=_rank))
+
+
+def _rank(warning: PlanWarning) -> tuple[bool, bool, float, int]:
+    first = warning.kind == "unknown", warning.kind == "memory"
+    return not first[0], not first[1], -(warning.seconds or 0.0), -(warning.num_bytes or 0)
 
 
 def _over(axes: Sequence[str], known: Known) -> str:
     return " x ".join(f"{axis}={known.program.sizes[axis]}" for axis in axes)
+
+
+def _unknown(known: Known) -> Iterator[PlanWarning]:
+    """Operations whose communication is not in the trace, because XLA's partitioner chooses it."""
+    ops = known.program.unknown
+    if not ops:
+        return
+    lines = dict.fromkeys(f"{op.name} at {op.origin.place}" if op.origin.file else op.name for op in ops)
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    first = next((op.origin for op in ops if op.origin.file), ops[0].origin)
+    yield PlanWarning(
+        "unknown",
+        first.file,
+        first.line,
+        f"What {counted(len(ops), 'operation')} on split arrays outside every region will send is XLA's to choose: "
+        f"{', '.join(list(lines)[:3])}{more}. Traffic, time, work and memory are incomplete without it.",
+        None,
+        None,
+        'Put them into a region: mw.spmd with partitioner="names". Or ask the compiler what it chose: plan.compile().',
+    )
 
 
 def _duplicated(known: Known) -> Iterator[PlanWarning]:
@@ -553,5 +579,5 @@ def _memory(known: Known) -> Iterator[PlanWarning]:
 
 
 _CHECKS: tuple[Callable[[Known], Iterator[PlanWarning]], ...] = (
-    _memory, _duplicated, _gathered, _summed, _replicated, _small_batch, _slow_network, _uneven, _thin,
+    _unknown, _memory, _duplicated, _gathered, _summed, _replicated, _small_batch, _slow_network, _uneven, _thin,
 )  # fmt: skip
