@@ -130,9 +130,27 @@ def test_layouts_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_data(capsys, *SMALL, "--topology=tpu:v3:2x2", "--compare", *sides)
     alone = as_data(capsys, *SMALL, "--topology=tpu:v3:2x2", f"--layout={MIXED}", "--params=embed:data")
     assert found[1].pop("layout") == f'"{MIXED}", params="embed:data"'
+    assert (found[1].pop("partitioner"), found[1].pop("dcn")) == ("names", [])
     assert found[1] == alone
     assert found[2]["mesh"] == {"data": 2, "x": 4}
     assert "duplicated" in {warning["kind"] for warning in found[2]["warnings"]}
+
+
+def test_sides_that_differ_in_how_they_are_lowered_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    same = "batch:(pod,data) | mesh=pod=2,data=8"
+    flags = ["--topology=tpu:v5e:2x4*2", "--batch=16", "--dcn=pod"]
+    sides = [same, f"{same} | partitioner=xla", f"{same} | dcn=data"]
+    lines = written(capsys, *SMALL, *flags, "--compare", *sides).splitlines()
+    assert lines[2] == "A         batch:(pod,data) on pod=2, data=8, dcn=pod"
+    assert lines[3].startswith("B         batch:(pod,data) on pod=2, data=8, dcn=pod, partitioner=xla: incomplete, XLA")
+    assert lines[4] == "C         batch:(pod,data) on pod=2, data=8, dcn=data"
+    found = as_data(capsys, *SMALL, *flags, "--compare", *sides)
+    assert [(side["partitioner"], side["dcn"]) for side in found] == [
+        ("names", ["pod"]), ("xla", ["pod"]), ("names", ["data"]),
+    ]  # fmt: skip
+    alone = written(capsys, *SMALL, *flags, "--layout=batch:(pod,data)", "--mesh=pod=2,data=8", "--partitioner=xla")
+    assert alone.splitlines()[2].endswith(", dcn=pod")
+    assert alone.splitlines()[3].endswith(", partitioner=xla")
 
 
 def test_what_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +186,14 @@ def test_a_page_for_the_browser_is_written(capsys: pytest.CaptureFixture[str], t
     text = page.read_text()
     assert text.lower().startswith("<!doctype html>") and json.dumps(data["seconds"]) in text
     assert f"html      {page}" in written(capsys, *SMALL, "--topology=tpu:v3:2x2", f"--html={page}")
+
+
+def test_the_page_is_written_before_the_compiler_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """There is no compiler for GPUs here."""
+    page = tmp_path / "plan.html"
+    assert main(["plan", *SMALL, "--topology=gpu:h100:8", "--compile", f"--html={page}"]) == 2
+    assert "there is no compiler for gpu:h100:8" in capsys.readouterr().err
+    assert "Plan of" in page.read_text()
 
 
 def test_the_compiler_has_its_word(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from ..plan.compiled import Compiled
 from ..plan.plan import Comparison
 from ..plan.summary import Summary
 from ..train import Place
-from .place import layout_text
+from .place import layout_text, lowered_text, slow_text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """The names of sides: layouts are too long to stand over a column."""
@@ -44,7 +44,12 @@ class Side:
         lack = f": does not fit, {show_bytes(needed)} of {show_bytes(there)}" if there and needed > there else ""
         num = len(self.plan.program.unknown)
         chosen = f": incomplete, XLA chooses what {counted(num, 'operation')} will send" if num else ""
-        return f"{self.layout} on {self.place.mesh.text}{chosen}{lack}"
+        where = f"{self.place.mesh.text}{slow_text(self.place)}{lowered_text(self.place)}"
+        return f"{self.layout} on {where}{chosen}{lack}"
+
+    def place_data(self) -> dict[str, Any]:
+        """What tells it from other sides, besides the mesh."""
+        return {"layout": self.layout, "partitioner": self.place.partitioner, "dcn": self.place.mesh.dcn}
 
     def data(self) -> dict[str, Any]:
         """All of it for a program to read."""
