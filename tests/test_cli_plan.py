@@ -316,8 +316,41 @@ def test_a_line_on_a_terminal_says_what_takes_time(
     assert capsys.readouterr() == ("", "")
 
 
-COMMANDS = [line for page in PAGES for line in re.findall(r"^mw plan .*$", (ROOT / page).read_text(), re.MULTILINE)]
+COMMAND = re.compile(r"^ *(mw plan (?:.*\\\n)*.*)$", re.MULTILINE)
+"""A command, which a backslash carries on to the next line."""
+LOOP = re.compile(r"^for \w+ in ([^\n]*); do$(.*?)^done$", re.MULTILINE | re.DOTALL)
+"""A shell's loop over words in quotes, each of which is a row of arguments: ``set -- $size``."""
+
+
+def commands_of(text: str) -> list[str]:
+    """The commands of a page; those of a loop once for each of its words."""
+    found = [line.replace("\\\n", "") for line in COMMAND.findall(LOOP.sub("", text))]
+    for words, body in LOOP.findall(text):
+        rows = [word.split() for word in shlex.split(words)]
+        found += [filled(line.replace("\\\n", ""), row) for line in COMMAND.findall(body) for row in rows]
+    return found
+
+
+def filled(line: str, row: list[str]) -> str:
+    """A command with its ``$1`` and ``$2`` written out."""
+    return re.sub(r"\$(\d)", lambda number: row[int(number[1]) - 1], line)
+
+
+COMMANDS = [line for page in PAGES for line in commands_of((ROOT / page).read_text())]
 LONG = {line: [pytest.mark.slow] for line in COMMANDS if "--compile" in line}
+
+
+def test_every_command_of_the_pages_is_found() -> None:
+    """Also those of the headline's table, which stand in a loop, over two lines."""
+    lines = "".join((ROOT / page).read_text() for page in PAGES).splitlines()
+    written = [line for line in lines if line.strip().startswith("mw plan ")]
+    assert len(COMMANDS) == len(written) + 2
+    assert not [line for line in COMMANDS if "$" in line]
+    tables = [shlex.split(line) for line in COMMANDS if "model=2" in line and "residual_length" in line]
+    assert [(t[3], t[5]) for t in tables] == [
+        ("1b", "tpu:v3:2x2"), ("10b", "tpu:v3:4x8"), ("100b", "tpu:v3:16x16"),
+    ]  # fmt: skip
+    assert {line for line in COMMANDS if "residual_length" in line} <= set(LONG)
 
 
 @pytest.mark.parametrize("line", [pytest.param(line, marks=LONG.get(line, [])) for line in COMMANDS])

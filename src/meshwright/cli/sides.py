@@ -5,22 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from ..devices import counted
-from ..explain import show_bytes
+from ..explain import UNKNOWN, show_bytes
 from ..plan import Plan
 from ..plan.compiled import Compiled
 from ..plan.plan import Comparison
+from ..plan.report import new_table
 from ..plan.summary import Summary
 from ..train import Place
 from .place import layout_text, lowered_text, slow_text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """The names of sides: layouts are too long to stand over a column."""
-UNKNOWN = "N/A"
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,8 @@ def side_by_side(sides: Sequence[Side]) -> Comparison:
 
 def compiled_side_by_side(sides: Sequence[Side]) -> Table:
     """What the compiler said of each side."""
-    table = Table(show_edge=False, pad_edge=False, box=SIMPLE_HEAD, header_style="dim")
-    table.add_column("the compiler")
     found = [side.compiled for side in sides if side.compiled is not None]
-    for name in LETTERS[: len(found)]:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table("the compiler", *LETTERS[: len(found)])
     rows = {
         "fits": [_fits(c) for c in found],
         "memory": [Text(_bytes(c.needed_bytes)) for c in found],

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..devices import counted, show_sizes
-from ..explain import WIDTH, show_bytes
+from ..explain import UNKNOWN, WIDTH, show_bytes
 from .summary import AT_LEAST, AT_MOST, Line, Summary
 from .time import COMPUTE, HBM
 from .warnings import PlanWarning
@@ -24,7 +24,6 @@ from .warnings import PlanWarning
 NUM_LINES = 8
 BAR = 52
 """The length of a whole bar, in characters."""
-UNKNOWN = "N/A"
 
 
 class Mark(NamedTuple):
@@ -191,7 +190,8 @@ def _legend(summary: Summary) -> Iterator[Text]:
         )
 
 
-def _table(*columns: str, left: Iterable[int] = (0,)) -> Table:
+def new_table(*columns: str, left: Iterable[int] = (0,)) -> Table:
+    """A table whose columns ``left`` hold words, and the others figures, which are not wrapped."""
     table = Table(show_edge=False, pad_edge=False, box=SIMPLE_HEAD, header_style="dim")
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i in left else "right", no_wrap=True)
@@ -199,7 +199,7 @@ def _table(*columns: str, left: Iterable[int] = (0,)) -> Table:
 
 
 def _traffic(summary: Summary, styles: Mapping[str, Mark]) -> Table:
-    table = _table("axis", "crosses", "collective", "runs", "payload", "sent", "busy", left=(0, 1, 2))
+    table = new_table("axis", "crosses", "collective", "runs", "payload", "sent", "busy", left=(0, 1, 2))
     table.columns[1].no_wrap = False
     last = ""
     for t in sorted(summary.traffic, key=lambda t: (_order(t.axes, summary), -(t.seconds or 0.0), -t.sent_bytes)):
@@ -227,7 +227,7 @@ def _lines(summary: Summary, styles: Mapping[str, Mark]) -> Table:
     """The lines that cost the most, with their code."""
     timed = summary.seconds is not None
     cost = "time" if timed else "work"
-    table = _table("line", "", cost, "sent", "code", left=(0, 1, 4))
+    table = new_table("line", "", cost, "sent", "code", left=(0, 1, 4))
     table.columns[4].no_wrap = False
     table.columns[4].overflow = "ellipsis"
     shown = summary.lines[:NUM_LINES]
@@ -279,7 +279,7 @@ def _warnings(warnings: Sequence[PlanWarning]) -> Iterator[RenderableType]:
 def comparison(sides: Sequence[tuple[str, Summary]]) -> Table:
     """Plans side by side: of each figure the best in bold; with two, the ratio of the second to the first. A bound is
     neither the best nor a part of a ratio."""
-    table = _table("", *(name for name, _ in sides), *(["ratio"] if len(sides) == 2 else []))
+    table = new_table("", *(name for name, _ in sides), *(["ratio"] if len(sides) == 2 else []))
     summaries = [summary for _, summary in sides]
     for label, values, show, most, bounds in _figures(summaries):
         known = [v for v in values if v is not None]
