@@ -254,6 +254,26 @@ def test_attention_under_a_causal_mask_counts_half() -> None:
         assert times.mfu * times.seconds * 1e12 == pytest.approx(share * flops)
 
 
+def test_the_gradient_of_attention_counts_half_and_that_of_experts_whole() -> None:
+    """Experts' gradients are products of two activations with a batch dim as well."""
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, up: Tensor, down: Tensor) -> jax.Array:
+        x = causal(q, k, v).merge(("heads", "head_dim"), "embed")
+        x = mw.einsum(x, mw.ones(up.dim("experts")), out="experts batch length embed")
+        h = mw.relu(mw.einsum(x, up, out="experts batch length ff"))
+        return mw.mean(mw.einsum(h, down, out="experts batch length embed") ** 2)
+
+    args = (shapes("batch=16 length=256 heads=8 head_dim=64"),) * 3
+    experts = weight("experts=4 embed=512 ff=128"), weight("experts=4 ff=128 embed=512")
+    mesh, layout = mw.Mesh("data=8", topology="tpu:v5p:2x2x2"), mw.Layout("batch:data")
+    gradient = jax.grad(mw.spmd(loss, mesh, layout), argnums=(0, 1, 2, 3, 4))
+    times = mw.plan(gradient, *mw.shard((*args, *experts), mesh, layout)).time(FLAT)
+    scores, expert = 2 * 2 * 8 * 256 * 256 * 64, 2 * 4 * 2 * 256 * 512 * 128
+    copies = 2 * 4 * 2 * 256 * 512  # the gradients of what the experts are given, added up
+    # Each product, and two for its gradients.
+    assert times.hfu * times.seconds * 1e12 == pytest.approx(3 * 2 * scores / 2 + 3 * 2 * expert + copies)
+
+
 def test_passes_over_memory() -> None:
     """A chain of elementwise operations is one pass; a reduction ends it; a product stands alone."""
     n = 32 * 512 * 4
