@@ -8,7 +8,7 @@ from rich.console import Console
 import meshwright as mw
 from meshwright.plan import Plan
 
-from .test_plan_warnings import LAYER, feed_forward
+from .test_plan_warnings import LAYER, feed_forward, shapes
 
 MESH = mw.Mesh("data=4, model=2", topology="tpu:v5p:2x2x2")
 DATA = mw.Layout("batch:data")
@@ -140,3 +140,30 @@ def test_loops_of_unknown_length_and_branches_are_bounds() -> None:
         assert any(line.startswith("time") and line.endswith(" µs") and f" {bound} " in line for line in lines)
         assert says[bound] in lines
     assert plan_of(MIXED).summary.bound == ""
+
+
+def test_axes_have_one_order() -> None:
+    """The order of a rule is that of the slices; a group of devices is the same either way."""
+
+    def both(x: mw.Tensor, y: mw.Tensor) -> mw.Tensor:
+        return mw.sum(x, "batch") + mw.sum(y, "rows")
+
+    layout = mw.Layout("batch:(data,model), rows:(model,data)")
+    args = mw.shard((shapes("batch=64 embed=512"), shapes("rows=64 embed=512")), MESH, layout)
+    plan = mw.plan(mw.spmd(both, MESH, layout), *args).on(MESH)
+    assert {row.axes for row in plan.collectives} == {("data", "model"), ("model", "data")}
+    data = json.loads(plan.to_json())
+    assert [t["axes"] for t in data["traffic"]] == ["data x model"]
+    assert {row["axes"] for row in data["collectives"]} == set(data["axis_seconds"]) == {"data x model"}
+    assert set(data["paths"]) == {"data", "model", "data x model"}
+    assert "model x data" not in str(plan)
+
+
+def test_a_figure_stays_on_one_line_in_80_columns() -> None:
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    with console.capture() as captured:
+        console.print(plan_of(MIXED).on(MESH))
+    lines = captured.get().splitlines()
+    units = ("GiB", "MiB", "KiB", "B ", "ms", "µs", "of ")
+    assert not [line for line in lines if line.strip().startswith(units)]
+    assert any(line.startswith("memory") and line.rstrip().endswith("of 95.7 GiB") for line in lines)

@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import fail, fail_type
@@ -34,6 +34,17 @@ from ..scope import Axes
 from ..topology import CHIPS, Topology
 from .hardware import Achieved, Hardware
 from .traffic import ALL_REDUCE, ALL_TO_ALL, PERMUTE, Collective
+
+
+def show_axes(axes: Iterable[str], sizes: Mapping[str, int]) -> str:
+    """``data x model``: axes that speak as one, in the mesh's order, whatever the order of the collective's."""
+    return " x ".join(in_order(axes, sizes))
+
+
+def in_order(axes: Iterable[str], sizes: Mapping[str, int]) -> Axes:
+    """Axes in the mesh's order."""
+    chosen = frozenset(axes)
+    return tuple(axis for axis in sizes if axis in chosen)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -22,8 +23,8 @@ from .time import COMPUTE, HBM
 from .warnings import PlanWarning
 
 NUM_LINES = 8
-BAR = 52
-"""The length of a whole bar, in characters."""
+BAR = 40
+"""The length of a whole bar, in characters: beside it the figures have room in a terminal of 80."""
 
 
 class Mark(NamedTuple):
@@ -151,13 +152,12 @@ def _bar(parts: Mapping[str, float], whole: float, styles: Mapping[str, Mark]) -
     return bar
 
 
-def _key(shown: Mapping[str, str], styles: Mapping[str, Mark]) -> Text:
-    key = Text("        ")
-    for i, (name, text) in enumerate(shown.items()):
-        key.append("   " if i else "")
-        key.append(f"{styles[name].glyph} ", styles[name].style)
-        key.append(f"{name} {text}")
-    return key
+def _key(shown: Mapping[str, str], styles: Mapping[str, Mark]) -> RenderableType:
+    """What the parts of a bar are; a part and its figure stay on one line."""
+    parts = [
+        Text.assemble((f"{styles[name].glyph} ", styles[name].style), f"{name} {text}") for name, text in shown.items()
+    ]
+    return Padding(Columns(parts, padding=(0, 3)), (0, 0, 0, 8))
 
 
 def _memory(summary: Summary, plain: bool) -> Iterator[RenderableType]:

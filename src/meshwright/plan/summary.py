@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .drawn import Cut, Row, Stretch, code_around, code_at, cuts_of, joined_rows, stretches
 from .hardware import Hardware
 from .memory import Memory, Moment, Saved
-from .network import Machine
+from .network import Machine, in_order, show_axes
 from .program import Block, Choice, Loop, Op, Program
 from .time import COMPUTE, HBM, Times
 from .traffic import Collective
@@ -175,7 +175,7 @@ def summary(
         mfu=rates.mfu if rates else None,
         hfu=rates.hfu if rates else None,
         flops=work,
-        traffic=_traffic(rows, machine),
+        traffic=_traffic(rows, sizes, machine),
         held_bytes=dict(memory.by_kind),
         peak_bytes=memory.peak_bytes,
         available_bytes=hardware.memory_bytes or None if hardware is not None else None,
@@ -184,7 +184,7 @@ def summary(
         unverified=tuple(dict.fromkeys((*hardware.unchecked, *hardware.assumed))) if hardware is not None else (),
         figures=_figures(hardware) if hardware is not None else {},
         tensors=cuts_of(program),
-        collectives=joined_rows(rows, machine),
+        collectives=joined_rows(rows, sizes, machine),
         timeline=stretches(times.spans) if times else (),
         moments=memory.timeline,
         saved=memory.saved,
@@ -217,14 +217,14 @@ def _figures(hardware: Hardware) -> dict[str, float | str]:
 
 def _paths(sizes: Mapping[str, int], rows: Sequence[Collective], machine: Machine | None) -> dict[str, str]:
     """What each axis crosses, and each group of axes that speak as one."""
-    groups = dict.fromkeys([*((axis,) for axis in sizes), *(row.axes for row in rows)])
+    groups = dict.fromkeys([*((axis,) for axis in sizes), *(in_order(row.axes, sizes) for row in rows)])
     return {" x ".join(axes): str(machine.path(axes)) for axes in groups} if machine is not None else {}
 
 
-def _traffic(rows: Sequence[Collective], machine: Machine | None) -> tuple[Traffic, ...]:
+def _traffic(rows: Sequence[Collective], sizes: Mapping[str, int], machine: Machine | None) -> tuple[Traffic, ...]:
     groups: dict[tuple[str, str], list[Collective]] = defaultdict(list)
     for row in rows:
-        groups[" x ".join(row.axes), row.kind].append(row)
+        groups[show_axes(row.axes, sizes), row.kind].append(row)
     found = (
         Traffic(
             axes,

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 from .attention import masked_products
 from .lineage import Lineage
-from .network import Machine
+from .network import Machine, show_axes
 from .origin import RECOMPUTE, Origin
 from .program import Block, Loop, Node, Op, Program
 from .touched import reads_of, touched_bytes
@@ -247,7 +247,7 @@ class _Scheduler:
             rows = list(rows_of(node))
             if rows:
                 seconds = sum(map(self.machine.seconds, rows))
-                return Span(rows[0].kind, " x ".join(rows[0].axes), 0.0, seconds, 1, node.origin)
+                return Span(rows[0].kind, show_axes(rows[0].axes, self.machine.sizes), 0.0, seconds, 1, node.origin)
             stream, seconds = op_seconds(node, touched.get(id(node), 0), self.machine)
             return Span(node.name, stream, 0.0, seconds, 1, node.origin)
         if isinstance(node, Loop):

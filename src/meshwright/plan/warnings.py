@@ -15,7 +15,7 @@ from ..explain import show_bytes
 from ..scope import Axes
 from ..tensor import ACTIVATION, PARAMETER
 from .lineage import Lineage
-from .network import Machine
+from .network import Machine, in_order
 from .origin import FORWARD, Origin
 from .program import Argument, Block, Choice, Loop, Op, Program, Value
 from .time import product_sizes
@@ -241,7 +241,7 @@ def _gathered(known: Known) -> Iterator[PlanWarning]:
         if not rows or rows[0].kind != ALL_GATHER or ran.op.origin.direction != FORWARD or not ran.op.sizes:
             continue
         if known.lineage.parameter(ran.op.ins[0]) is None and not _feeds_split_weights(ran.op, rows[0].axes, known):
-            groups[rows[0].axes] += rows
+            groups[in_order(rows[0].axes, known.program.sizes)] += rows
     for axes, rows in groups.items():
         sent = sum(row.total_sent_bytes for row in rows)
         if sent < SHARE * total:
@@ -305,7 +305,7 @@ def _summed(known: Known) -> Iterator[PlanWarning]:
                 continue
             shape = ran.op.outs[0].shape
             if len(shape) > 1 and any(n % row.group_size == 0 for n in shape) and _of_product(ran, known):
-                groups[row.axes].append(row)
+                groups[in_order(row.axes, known.program.sizes)].append(row)
     for axes, rows in groups.items():
         saved = sum(row.total_sent_bytes for row in rows) // 2
         if saved < SHARE * total:
@@ -441,7 +441,7 @@ def _slow_network(known: Known) -> Iterator[PlanWarning]:
     for ran in known.ran:
         for row in rows_of(ran.op, ran.times):
             if ran.looped and known.machine.path(row.axes).slow:
-                groups[row.axes].append((ran, row))
+                groups[in_order(row.axes, known.program.sizes)].append((ran, row))
     for axes, found in groups.items():
         rows = [row for _, row in found]
         worst = max(rows, key=lambda row: row.total_sent_bytes)
