@@ -250,6 +250,7 @@ def test_more_memory_than_the_chip_has() -> None:
     large = shapes("batch=4096 embed=32768"), weight("embed=32768 ff=65536"), weight("ff=65536 embed=32768")
     plan = planned(feed_forward, large, mesh, mw.Layout("batch:data"))
     warning = found("memory", plan)
+    assert warning.num_bytes is not None
     assert warning.num_bytes >= 2 * 32768 * 65536 * F32 - Hardware.named("v5e").memory_bytes
     assert "TPU v5e" in warning.message
     assert plan.warnings[0] is warning
