@@ -10,8 +10,9 @@ import pytest
 import meshwright as mw
 from meshwright import Tensor
 from meshwright.plan import Hardware, Plan, PlanWarning
+from meshwright.plan.known import Known
 from meshwright.plan.lineage import Lineage
-from meshwright.plan.warnings import Known, warnings_of
+from meshwright.plan.warnings import warnings_of
 
 F32 = 4
 BF16 = 2

@@ -20,6 +20,7 @@ from ..topology import Topology
 from .compiled import Compiled, Planned
 from .compiling import Call, Target, compiled, largest_of, planned_memory
 from .hardware import Hardware
+from .known import Known
 from .lineage import Lineage
 from .memory import Memory, memory_of
 from .network import Machine, machine
@@ -29,7 +30,7 @@ from .report import as_text, comparison, page
 from .summary import Summary, summary
 from .time import Times, times_of
 from .traffic import Collective, collectives_of
-from .warnings import Known, PlanWarning, warnings_of
+from .warnings import PlanWarning, warnings_of
 from .work import Flops, flops_in
 
 

@@ -8,16 +8,16 @@ small to matter is not told: less than a hundredth of the program's own work, tr
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..devices import counted
 from ..explain import show_bytes
 from ..scope import Axes
 from ..tensor import ACTIVATION, PARAMETER
-from .lineage import Lineage
-from .network import Machine, in_order
+from .known import Known, Ran, axes_of
+from .network import in_order
 from .origin import FORWARD, Origin
-from .program import Argument, Block, Choice, Loop, Op, Program, Value
+from .program import Argument, Op
 from .time import product_sizes
 from .touched import VIEWS
 from .traffic import ALL_GATHER, ALL_REDUCE, Collective, rows_of
@@ -25,11 +25,8 @@ from .work import CONVOLUTION, ELEMENTWISE, MATMUL, flops_of
 
 SHARE = 0.01
 """What is less than this share of its kind is not told."""
-WASTED = 1.1
-"""How much longer a product may take than its size says, before a warning."""
-TILE, RIDGE = 128, 128
-"""Of a machine that is not known: the side of its matrix unit, and rows for which weights are read in the time of
-their product."""
+RIDGE = 128
+"""Of a machine that is not known: rows for which weights are read in the time of their product."""
 
 
 @dataclass(frozen=True)
@@ -53,107 +50,6 @@ class PlanWarning:
     def place(self) -> str:
         """``model.py:12``, or "" when no line is to blame."""
         return Origin("", "", (), self.file, self.line).place
-
-
-@dataclass(frozen=True)
-class Ran:
-    """An operation where it stands."""
-
-    op: Op
-    times: int
-    looped: bool
-
-
-@dataclass(frozen=True)
-class Known:
-    """What warnings are drawn from."""
-
-    program: Program
-    lineage: Lineage
-    machine: Machine | None
-    peak_bytes: int
-    """The most that a device holds, or at least its arguments."""
-    ran: tuple[Ran, ...] = field(repr=False)
-    users: dict[int, list[Op]] = field(repr=False)
-    """Who reads a value, by its id, beyond views of it."""
-    makers: dict[int, Op] = field(repr=False)
-    """What makes a value, by its id."""
-    gathered: dict[int, set[str]] = field(repr=False)
-    """The axes over which a value is gathered, by its id."""
-    given: dict[int, Value] = field(repr=False)
-    """What a loop gives its body for a value of the body, by its id."""
-
-    @classmethod
-    def of(cls, program: Program, lineage: Lineage, machine: Machine | None, peak_bytes: int) -> "Known":
-        ran = tuple(_ran(program.block, 1, False))
-        users: dict[int, list[Op]] = defaultdict(list)
-        for each in ran:
-            for v in each.op.ins:
-                users[id(v)].append(each.op)
-        makers = {id(v): each.op for each in ran for v in each.op.outs}
-        gathered: dict[int, set[str]] = defaultdict(set)
-        for each in ran:
-            for row in (row for row in rows_of(each.op) if row.kind == ALL_GATHER):
-                for v in each.op.outs:
-                    gathered[id(v)].update(row.axes)
-        given = dict(_given(program.block))
-        return cls(program, lineage, machine, peak_bytes, ran, users, makers, gathered, given)
-
-    def seconds(self, rows: Sequence[Collective]) -> float | None:
-        """What collectives take, all their runs."""
-        return sum(self.machine.seconds(r) * r.times for r in rows) if self.machine is not None else None
-
-    def read_by(self, value: Value) -> Iterator[Op]:
-        """What reads a value, or a view of it, in its block."""
-        for op in self.users.get(id(value), ()):
-            if op.name in VIEWS:
-                for out in op.outs:
-                    yield from self.read_by(out)
-            else:
-                yield op
-
-    def splitting(self, parameter: Value) -> Axes:
-        """The axes that split a parameter where it is used: those of its layout at rest, less what gathers it.
-
-        Its own ``varying`` says less: whole parameters vary as well, where each device makes its own gradient.
-        """
-        split: set[str] = set()
-        gathered: set[str] = set()
-        value: Value | None = parameter
-        while value is not None and (argument := self.lineage.parameter(value)) is not None:
-            split = _axes_of(argument.value)
-            gathered |= self.gathered.get(id(value), set())
-            maker = self.makers.get(id(value))
-            value = maker.ins[0] if maker is not None else self.given.get(id(value))
-        split -= gathered
-        return tuple(a for a in self.program.sizes if a in split)
-
-    @property
-    def tile(self) -> int:
-        return self.machine.hardware.tile if self.machine is not None else TILE
-
-
-def _ran(block: Block, times: int, looped: bool) -> Iterator[Ran]:
-    for node in block.nodes:
-        if isinstance(node, Op):
-            yield Ran(node, times, looped)
-        elif isinstance(node, Loop):
-            yield from _ran(node.body, times * (node.length if node.length is not None else 1), True)
-        else:
-            for branch in node.branches:
-                yield from _ran(branch, times, looped)
-
-
-def _given(block: Block) -> Iterator[tuple[int, Value]]:
-    for node in block.nodes:
-        if isinstance(node, Loop):
-            reads = (*node.consts, *node.carry, *node.scanned)
-            inner = node.body.ins[len(node.body.ins) - len(reads) :]
-            yield from ((id(v), x) for v, x in zip(inner, reads, strict=True) if x is not None)
-            yield from _given(node.body)
-        elif isinstance(node, Choice):
-            for branch in node.branches:
-                yield from _given(branch)
 
 
 def warnings_of(known: Known) -> tuple[PlanWarning, ...]:
@@ -348,7 +244,7 @@ def _replicated(known: Known) -> Iterator[PlanWarning]:
     held = sum(a.value.num_bytes for a in known.program.arguments)
     found = []
     for axis, size in known.program.sizes.items():
-        whole = [a for a in arguments if size > 1 and axis not in _axes_of(a.value)]
+        whole = [a for a in arguments if size > 1 and axis not in axes_of(a.value)]
         fit = [a for a in whole if any(n % size == 0 for n in a.value.shape)]
         found.append((sum(a.value.num_bytes for a in fit) * (size - 1) // size, axis, fit))
     saved, axis, fit = max(found, key=lambda each: each[0], default=(0, "", []))
@@ -367,10 +263,6 @@ def _replicated(known: Known) -> Iterator[PlanWarning]:
         f'Split them at rest: Layout(..., params="{axis}"). Gradients then need a reduce-scatter, and each use a '
         "gather: as many bytes as the all-reduce.",
     )
-
-
-def _axes_of(value: Value) -> set[str]:
-    return {a for axes in value.split for a in axes}
 
 
 def _first_use(argument: Argument, known: Known) -> Origin | None:
@@ -466,7 +358,7 @@ def _uneven(known: Known) -> Iterator[PlanWarning]:
     for axis, size in known.program.sizes.items():
         splitting = {n for a in parameters for n, axes in zip(a.names, a.value.split, strict=False) if axis in axes}
         for a in parameters if splitting and size > 1 else ():
-            if axis in _axes_of(a.value) or _whole_bytes(a, known) < SHARE * whole_bytes:
+            if axis in axes_of(a.value) or _whole_bytes(a, known) < SHARE * whole_bytes:
                 continue
             free = {n: length for n, length in _free_dims(a, known) if length > size and n not in splitting}
             if free and all(length % size for _, length in _free_dims(a, known)):
