@@ -130,9 +130,27 @@ def test_layouts_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_data(capsys, *SMALL, "--topology=tpu:v3:2x2", "--compare", *sides)
     alone = as_data(capsys, *SMALL, "--topology=tpu:v3:2x2", f"--layout={MIXED}", "--params=embed:data")
     assert found[1].pop("layout") == f'"{MIXED}", params="embed:data"'
+    assert (found[1].pop("partitioner"), found[1].pop("dcn")) == ("names", [])
     assert found[1] == alone
     assert found[2]["mesh"] == {"data": 2, "x": 4}
     assert "duplicated" in {warning["kind"] for warning in found[2]["warnings"]}
+
+
+def test_sides_that_differ_in_how_they_are_lowered_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    same = "batch:(pod,data) | mesh=pod=2,data=8"
+    flags = ["--topology=tpu:v5e:2x4*2", "--batch=16", "--dcn=pod"]
+    sides = [same, f"{same} | partitioner=xla", f"{same} | dcn=data"]
+    lines = written(capsys, *SMALL, *flags, "--compare", *sides).splitlines()
+    assert lines[2] == "A         batch:(pod,data) on pod=2, data=8, dcn=pod"
+    assert lines[3].startswith("B         batch:(pod,data) on pod=2, data=8, dcn=pod, partitioner=xla: incomplete, XLA")
+    assert lines[4] == "C         batch:(pod,data) on pod=2, data=8, dcn=data"
+    found = as_data(capsys, *SMALL, *flags, "--compare", *sides)
+    assert [(side["partitioner"], side["dcn"]) for side in found] == [
+        ("names", ["pod"]), ("xla", ["pod"]), ("names", ["data"]),
+    ]  # fmt: skip
+    alone = written(capsys, *SMALL, *flags, "--layout=batch:(pod,data)", "--mesh=pod=2,data=8", "--partitioner=xla")
+    assert alone.splitlines()[2].endswith(", dcn=pod")
+    assert alone.splitlines()[3].endswith(", partitioner=xla")
 
 
 def test_what_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +186,14 @@ def test_a_page_for_the_browser_is_written(capsys: pytest.CaptureFixture[str], t
     text = page.read_text()
     assert text.lower().startswith("<!doctype html>") and json.dumps(data["seconds"]) in text
     assert f"html      {page}" in written(capsys, *SMALL, "--topology=tpu:v3:2x2", f"--html={page}")
+
+
+def test_the_page_is_written_before_the_compiler_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """There is no compiler for GPUs here."""
+    page = tmp_path / "plan.html"
+    assert main(["plan", *SMALL, "--topology=gpu:h100:8", "--compile", f"--html={page}"]) == 2
+    assert "there is no compiler for gpu:h100:8" in capsys.readouterr().err
+    assert "Plan of" in page.read_text()
 
 
 def test_the_compiler_has_its_word(capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,8 +316,41 @@ def test_a_line_on_a_terminal_says_what_takes_time(
     assert capsys.readouterr() == ("", "")
 
 
-COMMANDS = [line for page in PAGES for line in re.findall(r"^mw plan .*$", (ROOT / page).read_text(), re.MULTILINE)]
+COMMAND = re.compile(r"^ *(mw plan (?:.*\\\n)*.*)$", re.MULTILINE)
+"""A command, which a backslash carries on to the next line."""
+LOOP = re.compile(r"^for \w+ in ([^\n]*); do$(.*?)^done$", re.MULTILINE | re.DOTALL)
+"""A shell's loop over words in quotes, each of which is a row of arguments: ``set -- $size``."""
+
+
+def commands_of(text: str) -> list[str]:
+    """The commands of a page; those of a loop once for each of its words."""
+    found = [line.replace("\\\n", "") for line in COMMAND.findall(LOOP.sub("", text))]
+    for words, body in LOOP.findall(text):
+        rows = [word.split() for word in shlex.split(words)]
+        found += [filled(line.replace("\\\n", ""), row) for line in COMMAND.findall(body) for row in rows]
+    return found
+
+
+def filled(line: str, row: list[str]) -> str:
+    """A command with its ``$1`` and ``$2`` written out."""
+    return re.sub(r"\$(\d)", lambda number: row[int(number[1]) - 1], line)
+
+
+COMMANDS = [line for page in PAGES for line in commands_of((ROOT / page).read_text())]
 LONG = {line: [pytest.mark.slow] for line in COMMANDS if "--compile" in line}
+
+
+def test_every_command_of_the_pages_is_found() -> None:
+    """Also those of the headline's table, which stand in a loop, over two lines."""
+    lines = "".join((ROOT / page).read_text() for page in PAGES).splitlines()
+    written = [line for line in lines if line.strip().startswith("mw plan ")]
+    assert len(COMMANDS) == len(written) + 2
+    assert not [line for line in COMMANDS if "$" in line]
+    tables = [shlex.split(line) for line in COMMANDS if "model=2" in line and "residual_length" in line]
+    assert [(t[3], t[5]) for t in tables] == [
+        ("1b", "tpu:v3:2x2"), ("10b", "tpu:v3:4x8"), ("100b", "tpu:v3:16x16"),
+    ]  # fmt: skip
+    assert {line for line in COMMANDS if "residual_length" in line} <= set(LONG)
 
 
 @pytest.mark.parametrize("line", [pytest.param(line, marks=LONG.get(line, [])) for line in COMMANDS])

@@ -202,7 +202,9 @@ def test_topologies_count_what_jax_would_show(text: str, chips: int, devices: in
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("v5p:8x8x8", "has 2 of 3 fields. Write platform:chip:size"),
+        ("v5p:8x8x8", "has 2 of 3 fields. Write tpu:v5p:8x8x8."),
+        ("H100:8", "has 2 of 3 fields. Write gpu:h100:8."),
+        ("v9:8x8x8", "has 2 of 3 fields. Write platform:chip:size"),
         ("npu:v5p:8x8x8", "the platform 'npu' is unknown. Did you mean 'tpu'?"),
         ("tpu:v5q:8x8x8", "the TPU 'v5q' is unknown. Did you mean 'v5p'?"),
         ("gpu:h1000:8", "the GPU 'h1000' is unknown. Did you mean 'h100'?"),

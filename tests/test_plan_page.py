@@ -296,6 +296,28 @@ def test_what_is_embedded_cannot_break_the_page(browser: Browser, tmp_path: Path
     assert browser.complaints == []
 
 
+def test_bounds_are_marked(browser: Browser, tmp_path: Path) -> None:
+    """What XLA will choose is in no figure: each of them is a lower bound, and the warning is the first."""
+    mesh = mw.Mesh("data=4, model=2", topology="tpu:v5p:2x2x2")
+    layout = mw.Layout("batch:data, ff:model", params="embed:data")
+    args = mw.shard(LAYER, mesh, layout)
+    chosen = mw.plan(mw.spmd(feed_forward, mesh, layout, partitioner="xla"), *args).on(mesh)
+    opened(browser, chosen, tmp_path)
+    head = browser.evaluate(texts_of("#headline dd"))
+    assert [text.startswith("at least ") for text in head] == [True, False, True, True, True, False]
+    assert head[1].startswith("N/A")
+    assert browser.evaluate(texts_of("#warnings .severe b"))[0] == "unknown"
+    assert browser.complaints == []
+
+    def turning(x: mw.Tensor) -> mw.Tensor:
+        return mw.while_loop(lambda x: mw.sum(x) < 10.0, lambda x: x * mw.sum(x, "batch"), x)
+
+    batch = mw.Layout("batch:data")
+    opened(browser, mw.plan(mw.spmd(turning, mesh, batch), *mw.shard(LAYER[:1], mesh, batch)).on(mesh), tmp_path)
+    notes = browser.evaluate(texts_of("#communication .note"))
+    assert notes[-1] == "+ in a loop of unknown length: at least."
+
+
 def test_one_device_and_nothing_sent(browser: Browser, tmp_path: Path) -> None:
     opened(browser, mw.plan(lambda x: x @ x, jnp.ones((8, 8))).on("v5p"), tmp_path)
     assert browser.complaints == []

@@ -44,6 +44,7 @@ A100 = mw.Mesh("data=2, model=8", topology="gpu:a100:16")
 SLICES = mw.Mesh("pod=2, data=16", topology="tpu:v5e:4x4*2", dcn="pod")
 SMALL = mw.Mesh("pod=2, data=8", topology="tpu:v5p:2x2x2*2", dcn="pod")
 V3 = mw.Mesh("data=16, model=2", topology="tpu:v3:4x4")
+V7X = mw.Mesh("data=8, model=2", topology="tpu:v7x:2x2x2")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,10 @@ V3 = mw.Mesh("data=16, model=2", topology="tpu:v3:4x4")
         (SLICES, "all_to_all", "pod", S / 2 / 3.1e9 + US),
         (SLICES, "permute", "pod", S / 3.1e9 + US),
         (V3, "all_gather", "data", S * 15 / 16 / (2 * 82e9 / 2) + 6 * US),  # two lines of 4, shared by two cores
-        (V3, "all_reduce", "model", 2 * US),  # within a chip
+        (V3, "all_reduce", "model", 2 * (S / 2 / 225e9 + US)),  # within a chip, through its memory
+        (V3, "all_to_all", "model", S / 2 / 225e9 + US),
+        (V3, "permute", "model", S / 225e9 + US),
+        (V7X, "all_gather", "model", S / 2 / 1605e9 + US),
     ],
 )
 def test_collectives_take_what_the_table_says(mesh: mw.Mesh, kind: str, axes: str, expected: float) -> None:
@@ -250,6 +254,26 @@ def test_attention_under_a_causal_mask_counts_half() -> None:
         assert times.mfu * times.seconds * 1e12 == pytest.approx(share * flops)
 
 
+def test_the_gradient_of_attention_counts_half_and_that_of_experts_whole() -> None:
+    """Experts' gradients are products of two activations with a batch dim as well."""
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, up: Tensor, down: Tensor) -> jax.Array:
+        x = causal(q, k, v).merge(("heads", "head_dim"), "embed")
+        x = mw.einsum(x, mw.ones(up.dim("experts")), out="experts batch length embed")
+        h = mw.relu(mw.einsum(x, up, out="experts batch length ff"))
+        return mw.mean(mw.einsum(h, down, out="experts batch length embed") ** 2)
+
+    args = (shapes("batch=16 length=256 heads=8 head_dim=64"),) * 3
+    experts = weight("experts=4 embed=512 ff=128"), weight("experts=4 ff=128 embed=512")
+    mesh, layout = mw.Mesh("data=8", topology="tpu:v5p:2x2x2"), mw.Layout("batch:data")
+    gradient = jax.grad(mw.spmd(loss, mesh, layout), argnums=(0, 1, 2, 3, 4))
+    times = mw.plan(gradient, *mw.shard((*args, *experts), mesh, layout)).time(FLAT)
+    scores, expert = 2 * 2 * 8 * 256 * 256 * 64, 2 * 4 * 2 * 256 * 512 * 128
+    copies = 2 * 4 * 2 * 256 * 512  # the gradients of what the experts are given, added up
+    # Each product, and two for its gradients.
+    assert times.hfu * times.seconds * 1e12 == pytest.approx(3 * 2 * scores / 2 + 3 * 2 * expert + copies)
+
+
 def test_passes_over_memory() -> None:
     """A chain of elementwise operations is one pass; a reduction ends it; a product stands alone."""
     n = 32 * 512 * 4
@@ -272,6 +296,39 @@ def test_a_profile_is_written_and_read(tmp_path: Path) -> None:
     path.write_text(FLAT.toml() + "colour = 1\n")
     with pytest.raises(ValueError, match="has the field 'colour'"):
         Hardware.load(path)
+
+
+MINE = Hardware.named("v3").toml()
+BAD_PROFILES = {
+    "a field of a rate": (MINE.replace("size = ", "siz = "), r"chip 'v3', matmul has the field 'siz'\. Did you mean"),
+    "a rate without a size": (MINE.replace("size = 8192, ", ""), "chip 'v3', matmul: .*'size'"),
+    "a rate that is no table": (MINE.replace("{ size = 8192, fraction = 0.83 }", "3"), "matmul: 3 is no table"),
+    "a word for a number": (MINE.replace("tile = 128", 'tile = "128"'), "tile is '128', which is no number"),
+    "a switch of none": (MINE.replace('"torus"', '"switch"'), "network is a switch, so domain must be positive"),
+    "no link": (MINE.replace("link_bytes_per_second = ", "link_bytes_per_second = -"), "so link_bytes_per_second must"),
+    "another name": (MINE.replace('name = "v3"', 'name = "v33"'), r"'v33' is none \(TPU v3\)\. Did you mean 'v3'"),
+    "no torus": (MINE.replace('platform = "tpu"', 'platform = "cpu"'), "no platform 'cpu' with a torus"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROFILES)
+def test_a_profile_that_is_wrong_is_one_message(name: str, tmp_path: Path) -> None:
+    text, says = BAD_PROFILES[name]
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        Hardware.load(path)
+
+
+def test_what_is_no_machine_and_no_plan_is_said() -> None:
+    plan = plan_of(feed_forward, *LAYER, layout="batch:data")
+    wrong: Any = 3
+    with pytest.raises(TypeError, match=r"time: int is no machine\. Write a chip, 'v5p'"):
+        plan.on(wrong)
+    with pytest.raises(TypeError, match=r"plan\.compare: expected a plan, found int\."):
+        plan.compare(wrong)
+    with pytest.raises(ValueError, match="there is no folder"):
+        plan.save("no/such/folder/plan.html")
 
 
 def test_a_line_through_measurements() -> None:

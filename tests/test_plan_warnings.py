@@ -1,5 +1,6 @@
 """Each warning of a plan: a program with the fault, and the same program mended, where the warning goes away."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,6 +10,9 @@ import pytest
 import meshwright as mw
 from meshwright import Tensor
 from meshwright.plan import Hardware, Plan, PlanWarning
+from meshwright.plan.known import Known
+from meshwright.plan.lineage import Lineage
+from meshwright.plan.warnings import warnings_of
 
 F32 = 4
 BF16 = 2
@@ -169,6 +173,68 @@ def test_a_vocabulary_that_no_axis_divides() -> None:
     absent("uneven", planned(with_logits, uneven(50304), MESH, mended))
 
 
+def test_a_parameter_with_a_dim_that_fits_is_not_uneven() -> None:
+    """The vocabulary does not divide, but the layout can split embed over model too."""
+    layout = mw.Layout("batch:data, ff:model")
+    absent("uneven", planned(with_logits, uneven(50257), MESH, layout))
+    odd = shapes("batch=64 length=128 embed=511"), weight("embed=511 ff=2048"), weight("ff=2048 embed=511")
+    warning = found("uneven", planned(with_logits, (*odd, weight("embed=511 vocab=50257")), MESH, layout))
+    assert "so argument 3 cannot be split there" in warning.message
+    assert "vocab=50257" in warning.message
+
+
+def test_nothing_is_blamed_on_an_axis_that_splits_no_parameter() -> None:
+    """In a gradient, whole parameters differ in type over the axis of the batch: they are not split over it."""
+    mesh = mw.Mesh("data=8", topology="tpu:v5p:2x2x2")
+    narrow = shapes("batch=4096 embed=64"), weight("embed=64 ff=64"), weight("ff=64 embed=64")
+    for layout, whole in ((mw.Layout("batch:data"), True), (mw.Layout("batch:data", params="data"), False)):
+        plan = gradients(lambda x, *w: mw.mean(feed_forward(x, *w) ** 2), narrow, mesh, layout)
+        products = [r.op for r in known(plan).ran if r.op.name == "dot_general" and r.op.origin.direction == "forward"]
+        weights = [v for op in products for v in op.ins if known(plan).lineage.parameter(v) is not None]
+        assert any(v is not None and "data" in v.varying for v in weights) or not whole
+        absent("thin", plan)
+
+
+def gradients(fn: Any, args: tuple[Any, ...], mesh: mw.Mesh, layout: mw.Layout) -> Plan:
+    """The plan of the gradient by every parameter."""
+    placed = mw.shard(args, mesh, layout)
+    where = tuple(i for i, x in enumerate(args) if x.role == "parameter")
+    return mw.plan(jax.grad(mw.spmd(fn, mesh, layout), argnums=where), *placed).on(mesh)
+
+
+def known(plan: Plan) -> Known:
+    return Known.of(plan.program, Lineage.of(plan.program), plan.machine, 0)
+
+
+class Counted(list[Any]):
+    """A list that counts how often it is walked."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        type(self).walks += 1
+        return super().__iter__()
+
+
+def test_long_programs_are_walked_as_often_as_short_ones() -> None:
+    """Layers written as a Python loop make one long block."""
+
+    def walks(layers: int) -> int:
+        def program(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            for _ in range(layers):
+                x = feed_forward(x, up, down)
+            return x
+
+        plan = planned(program, LAYER, MESH, mw.Layout("batch:data, ff:model"))
+        block = plan.program.block
+        block.nodes = Counted(block.nodes)
+        Counted.walks = 0
+        assert "summed" in {w.kind for w in warnings_of(known(plan))}
+        return Counted.walks
+
+    assert walks(2) == walks(8) > 0
+
+
 def test_a_split_that_makes_a_product_thin() -> None:
     mesh = mw.Mesh("data=1, model=8", topology="tpu:v5p:2x2x2")
     layout = mw.Layout("ff:model")
@@ -185,6 +251,7 @@ def test_more_memory_than_the_chip_has() -> None:
     large = shapes("batch=4096 embed=32768"), weight("embed=32768 ff=65536"), weight("ff=65536 embed=32768")
     plan = planned(feed_forward, large, mesh, mw.Layout("batch:data"))
     warning = found("memory", plan)
+    assert warning.num_bytes is not None
     assert warning.num_bytes >= 2 * 32768 * 65536 * F32 - Hardware.named("v5e").memory_bytes
     assert "TPU v5e" in warning.message
     assert plan.warnings[0] is warning

@@ -35,6 +35,8 @@ from .tiles import Tiles
 
 WIDTH = 100
 """The most characters of a line, where the terminal does not say."""
+UNKNOWN = "N/A"
+"""How a figure is shown that is not known."""
 NUM_PICTURES = 4
 Place = Callable[[Dims, Role, str], tuple[Split, Split]]
 """From a tensor's dims, its role and its path to the axes of each dim: by compute rules, and further ones at rest."""

@@ -73,7 +73,7 @@ class Topology:
         """
         fields = [field.strip().lower() for field in text.split(":")]
         if len(fields) != 3:
-            raise fail(f"topology: {text!r} has {len(fields)} of 3 fields. {_ADVICE}")
+            raise fail(f"topology: {text!r} has {len(fields)} of 3 fields. {_completed(fields) or _ADVICE}")
         platform, name, size = fields
         check_known([platform], CHIPS, f"topology: in {text!r} the platform {{}} is unknown.")
         check_known([name], CHIPS[platform], f"topology: in {text!r} the {platform.upper()} {{}} is unknown.")
@@ -111,6 +111,12 @@ class Topology:
             return f"gpu:{self.chip}:{self.num_chips}"
         slices = f"*{self.num_slices}" if self.num_slices > 1 else ""
         return f"{self.platform}:{self.chip}:{'x'.join(map(str, self.shape))}{slices}"
+
+
+def _completed(fields: list[str]) -> str:
+    """What to write for a chip of a known platform and its size, where the platform alone is left out."""
+    known = [platform for platform, chips in CHIPS.items() if len(fields) == 2 and fields[0] in chips]
+    return f"Write {known[0]}:{':'.join(fields)}." if known else ""
 
 
 def _in_domains(num_gpus: int, domain: int, text: str) -> tuple[tuple[int, ...], int]:

@@ -120,11 +120,21 @@ def place_rows(place: Place) -> Iterator[tuple[str, str]]:
     """Where a program runs, as words and what they are."""
     mesh = place.mesh
     processes = f", {mesh.num_processes} processes" if mesh.num_processes > 1 else ""
-    yield "mesh", f"{mesh.text}: {counted(mesh.size, 'device')} ({mesh.kind}){processes}"
-    yield "layout", layout_text(place)
+    yield "mesh", f"{mesh.text}: {counted(mesh.size, 'device')} ({mesh.kind}){processes}{slow_text(place)}"
+    yield "layout", f"{layout_text(place)}{lowered_text(place)}"
     idle = unused_axes(place)
     if idle:
         yield "note", f"no rule uses the mesh's {', '.join(idle)}: the devices along it do the same work"
+
+
+def slow_text(place: Place) -> str:
+    """The axes that were said to cross the slow network, as the end of a line about the mesh."""
+    return f", dcn={','.join(place.mesh.dcn)}" if place.mesh.dcn else ""
+
+
+def lowered_text(place: Place) -> str:
+    """Who makes the collectives, as the end of a line about the layout; "" for this package."""
+    return f", partitioner={place.partitioner}" if place.partitioner != "names" else ""
 
 
 def layout_text(place: Place) -> str:

@@ -69,14 +69,14 @@ class PlanStep(Command):
         sides = [self._traced(where) for where in self._places()]
         console = Console(quiet=True) if self.json else open_console()
         self._show(console, sides)
+        if self.html is not None:  # Before the compiler, which may fail.
+            sides[0].plan.save(self.html)
         if self.compile:
             sides = [_compiled(side) for side in sides]
             self._show_compiled(console, sides)
-        if self.html is not None:
-            sides[0].plan.save(self.html)
         heading(console, self._notes(sides))
         if self.json:
-            found = [{"layout": side.layout, **side.data()} for side in sides] if self.compare else sides[0].data()
+            found = [{**side.place_data(), **side.data()} for side in sides] if self.compare else sides[0].data()
             print(json.dumps(found, indent=1))
         return 0
 

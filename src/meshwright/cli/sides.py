@@ -5,21 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ..explain import show_bytes
+from ..devices import counted
+from ..explain import UNKNOWN, show_bytes
 from ..plan import Plan
 from ..plan.compiled import Compiled
 from ..plan.plan import Comparison
+from ..plan.report import new_table
 from ..plan.summary import Summary
 from ..train import Place
-from .place import layout_text
+from .place import layout_text, lowered_text, slow_text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """The names of sides: layouts are too long to stand over a column."""
-UNKNOWN = "N/A"
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,18 @@ class Side:
         return layout_text(self.place)
 
     def __str__(self) -> str:
-        """The layout on its mesh, and that the devices have too little memory, where they have."""
+        """The layout on its mesh, and what is to be known of it: how it is lowered, and that the devices have too
+        little memory, or that the figures lack what XLA chooses."""
         there, needed = self.summary.available_bytes, self.summary.peak_bytes
         lack = f": does not fit, {show_bytes(needed)} of {show_bytes(there)}" if there and needed > there else ""
-        return f"{self.layout} on {self.place.mesh.text}{lack}"
+        num = len(self.plan.program.unknown)
+        chosen = f": incomplete, XLA chooses what {counted(num, 'operation')} will send" if num else ""
+        where = f"{self.place.mesh.text}{slow_text(self.place)}{lowered_text(self.place)}"
+        return f"{self.layout} on {where}{chosen}{lack}"
+
+    def place_data(self) -> dict[str, Any]:
+        """What tells it from other sides, besides the mesh."""
+        return {"layout": self.layout, "partitioner": self.place.partitioner, "dcn": self.place.mesh.dcn}
 
     def data(self) -> dict[str, Any]:
         """All of it for a program to read."""
@@ -55,11 +63,8 @@ def side_by_side(sides: Sequence[Side]) -> Comparison:
 
 def compiled_side_by_side(sides: Sequence[Side]) -> Table:
     """What the compiler said of each side."""
-    table = Table(show_edge=False, pad_edge=False, box=SIMPLE_HEAD, header_style="dim")
-    table.add_column("the compiler")
     found = [side.compiled for side in sides if side.compiled is not None]
-    for name in LETTERS[: len(found)]:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table("the compiler", *LETTERS[: len(found)])
     rows = {
         "fits": [_fits(c) for c in found],
         "memory": [Text(_bytes(c.needed_bytes)) for c in found],

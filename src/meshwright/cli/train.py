@@ -15,8 +15,9 @@ from typing import Self
 
 from rich.console import Console
 
+from ..explain import UNKNOWN
 from ..train import Checkpoints, Data, Intervals, Program, Recipe, Report, Sampling, Trainer, generate, read
-from ..train.report import UNKNOWN, heading, show_count, show_seconds
+from ..train.report import heading, show_count, show_seconds
 from .command import PROMPT, Command, model_row, open_console, show_sample
 from .place import Where, place_rows
 

@@ -18,17 +18,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from ..devices import counted, show_sizes
-from ..explain import show_bytes
+from ..explain import UNKNOWN, show_bytes
 from ..scope import Axes
 from .exhausted import LEAST_SHARE, Allocation, Exhausted
 from .hlo import CompiledCollective
-from .report import UNKNOWN, as_text, show_seconds
+from .report import as_text, new_table, show_seconds
 from .traffic import Collective
 
 _MOST_RATIO = 100
@@ -231,23 +230,20 @@ def _verdict(compiled: Compiled) -> Iterator[tuple[str, str]]:
         yield f"{held} of {memory} needed on a device, {show_bytes(there or 0)} there", ""
 
 
-def _table(*columns: str, left: Sequence[int] = (0,)) -> Table:
-    table = Table(show_edge=False, pad_edge=False, box=SIMPLE_HEAD, header_style="dim")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i in left else "right")
-    return table
-
-
 def _largest(compiled: Compiled) -> Table:
     listed = compiled.exhausted is not None and compiled.exhausted.largest
-    table = _table("the largest tensors" + ("" if listed else " of the trace"), "", "operation", "line", left=(0, 2, 3))
+    table = new_table(
+        "the largest tensors" + ("" if listed else " of the trace"), "", "operation", "line", left=(0, 2, 3)
+    )
+    for i in (0, 2):
+        table.columns[i].no_wrap = False
     for x in compiled.largest:
         table.add_row(*map(Text, (x.shape, show_bytes(x.size_bytes), x.operation, x.place)))
     return table
 
 
 def _differences(rows: Sequence[Difference]) -> Table:
-    table = _table("a device, a call", "plan", "compiler", "ratio")
+    table = new_table("a device, a call", "plan", "compiler", "ratio")
     for row in rows:
         figures = (UNKNOWN if n is None else show_bytes(n) for n in (row.planned_bytes, row.compiled_bytes))
         ratio = row.ratio if row.ratio is not None and row.ratio < _MOST_RATIO else None

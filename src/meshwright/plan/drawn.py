@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .network import Machine
+from .network import Machine, show_axes
 from .program import Argument, Program
 from .time import COMPUTE, HBM, Span
 from .traffic import Collective
@@ -107,7 +107,7 @@ def _cut(argument: Argument, sizes: Mapping[str, int]) -> Cut:
     )
 
 
-def joined_rows(rows: Sequence[Collective], machine: Machine | None) -> tuple[Row, ...]:
+def joined_rows(rows: Sequence[Collective], sizes: Mapping[str, int], machine: Machine | None) -> tuple[Row, ...]:
     """The collectives; those that only stand in several places of the program are one row."""
     times: dict[tuple[object, ...], int] = defaultdict(int)
     first: dict[tuple[object, ...], Collective] = {}
@@ -115,14 +115,14 @@ def joined_rows(rows: Sequence[Collective], machine: Machine | None) -> tuple[Ro
         key = (row.kind, row.axes, row.dtype, row.payload_bytes, row.sure, row.origin)
         first.setdefault(key, row)
         times[key] += row.times
-    return tuple(_row(first[key], runs, machine) for key, runs in times.items())
+    return tuple(_row(first[key], runs, sizes, machine) for key, runs in times.items())
 
 
-def _row(row: Collective, runs: int, machine: Machine | None) -> Row:
+def _row(row: Collective, runs: int, sizes: Mapping[str, int], machine: Machine | None) -> Row:
     origin = row.origin
     return Row(
         row.kind,
-        " x ".join(row.axes),
+        show_axes(row.axes, sizes),
         row.group_size,
         row.dtype,
         row.payload_bytes,

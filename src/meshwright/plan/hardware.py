@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import fail
 from ..notation import check_known
+from ..topology import CHIPS
 
 NETWORKS = ("torus", "switch", "measured")
 _KINDS = {
@@ -86,6 +87,9 @@ class Hardware:
     """Of a switch, how many devices it joins."""
     link_bytes_per_second: float = 0.0
     """One way: of a link of a chip in a torus, of a device on a switch."""
+    core_bytes_per_second: float = 0.0
+    """One way, between the devices of one chip; 0: half of ``hbm_bytes_per_second``, as each byte is read and written
+    once."""
     alpha_seconds: float = 0.0
     """The latency: of a hop in a torus, of a collective on a switch."""
     slow_bytes_per_second: float = 0.0
@@ -113,6 +117,18 @@ class Hardware:
             raise fail(f"hardware {self.name!r}: wraps is {self.wraps!r}. Write 'at 16' or 'multiples of 4'.")
         if not self.matmul or min(self.peak_flops, self.hbm_bytes_per_second) <= 0:
             raise fail(f"hardware {self.name!r}: peak_flops, hbm_bytes_per_second and matmul must be positive.")
+        self._check_network()
+
+    def _check_network(self) -> None:
+        """What the formulas of a network divide by, and what they look up."""
+        needed = {"torus": ("link_bytes_per_second",), "switch": ("link_bytes_per_second", "domain")}
+        for name in needed.get(self.network, ()):
+            if getattr(self, name) <= 0:
+                raise fail(f"hardware {self.name!r}: the network is a {self.network}, so {name} must be positive.")
+        if self.network == "torus":
+            said = f"hardware: the name of a chip on a torus says how it lies there, and {{}} is none ({self.title})."
+            check_known([self.platform], CHIPS, f"hardware {self.name!r}: there is no platform {{}} with a torus.")
+            check_known([self.name], CHIPS[self.platform], said)
 
     @classmethod
     def named(cls, name: str) -> "Hardware":
@@ -209,19 +225,29 @@ def _chips(text: str, where: str) -> dict[str, Hardware]:
 
 
 def _chip(entry: dict[str, Any], where: str) -> Hardware:
-    known = {field.name: field for field in fields(Hardware)}
-    name = entry.get("name", "?")
-    check_known(entry, known, f"hardware: {where}, chip {name!r} has the field {{}}.")
-    numbers = {key: float(value) for key, value in entry.items() if known[key].type is float}
+    said = f"hardware: {where}, chip {entry.get('name', '?')!r}"
     lists = {key: tuple(value) for key, value in entry.items() if isinstance(value, list)}
     parts = {
-        "matmul": tuple(Rate(**each) for each in entry.get("matmul", ())),
-        "achieved": tuple(Achieved(**each) for each in entry.get("achieved", ())),
+        key: tuple(_made(form, each, f"{said}, {key}") for each in entry.get(key, ()))
+        for key, form in (("matmul", Rate), ("achieved", Achieved))
     }
+    return _made(Hardware, {**entry, **lists, **parts}, said)
+
+
+def _made(form: Any, entry: Any, said: str) -> Any:
+    """A table of a file as what it describes."""
+    if not isinstance(entry, dict):
+        raise fail(f"{said}: {entry!r} is no table. Write {{ field = value }}.")
+    known: dict[str, Any] = {field.name: field for field in fields(form)}
+    check_known(entry, known, f"{said} has the field {{}}.")
+    for key, value in entry.items():
+        if known[key].type in (int, float) and not isinstance(value, int | float):
+            raise fail(f"{said}: {key} is {value!r}, which is no number.")
+    numbers = {key: float(value) for key, value in entry.items() if known[key].type is float}
     try:
-        return Hardware(**{**entry, **numbers, **lists, **parts})
+        return form(**{**entry, **numbers})
     except TypeError as error:
-        raise fail(f"hardware: {where}, chip {name!r}: {error}.") from None
+        raise fail(f"{said}: {error}.") from None
 
 
 def _toml(value: Any) -> str:

@@ -15,24 +15,36 @@ permute         slice / W + alpha                the same           slice / W   
 ==============  ===============================  =================  =================  ==============================
 
 ``hops`` is ceil(N/2) on a ring and N - 1 on a line; a switch has one alpha. Dimensions work side by side, so their
-rates add up. Two devices of a chip that speak in different groups share its links. Measured figures (``achieved``)
-stand before the formulas of a switch. How a mesh lies on a torus is JAX's choice for present devices; here each axis,
-from the last, takes the devices of a chip and whole dimensions whose product it is, or else parts of them.
+rates add up. Two devices of a chip that speak in different groups share its links; among themselves they are as on a
+switch of ``core_bytes_per_second``. Measured figures (``achieved``) stand before the formulas of a switch. How a mesh
+lies on a torus is JAX's choice for present devices; here each axis, from the last, takes the devices of a chip and
+whole dimensions whose product it is, or else parts of them.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import fail
+from ..errors import fail, fail_type
 from ..mesh import Mesh
 from ..scope import Axes
 from ..topology import CHIPS, Topology
 from .hardware import Achieved, Hardware
 from .traffic import ALL_REDUCE, ALL_TO_ALL, PERMUTE, Collective
+
+
+def show_axes(axes: Iterable[str], sizes: Mapping[str, int]) -> str:
+    """``data x model``: axes that speak as one, in the mesh's order, whatever the order of the collective's."""
+    return " x ".join(in_order(axes, sizes))
+
+
+def in_order(axes: Iterable[str], sizes: Mapping[str, int]) -> Axes:
+    """Axes in the mesh's order."""
+    chosen = frozenset(axes)
+    return tuple(axis for axis in sizes if axis in chosen)
 
 
 @dataclass(frozen=True)
@@ -129,14 +141,14 @@ def _within(row: Collective, path: Path, hardware: Hardware, per_chip: int) -> f
     n, size = path.within, row.payload_bytes
     if n == 1:
         return 0.0
-    rate = hardware.link_bytes_per_second / (per_chip // path.cores)
+    chips = n // path.cores
+    within_chip = hardware.core_bytes_per_second or hardware.hbm_bytes_per_second / 2
+    switched = hardware.network == "switch"
+    rate = within_chip if chips == 1 and not switched else hardware.link_bytes_per_second / (per_chip // path.cores)
     if row.kind == PERMUTE:
         return size / rate + hardware.alpha_seconds
-    if hardware.network == "switch":
+    if switched or chips == 1:
         return size * (n - 1) / n / rate + hardware.alpha_seconds
-    chips = n // path.cores
-    if chips == 1:
-        return hardware.alpha_seconds
     rate *= sum(2 if s.closes else 1 for s in path.stretches)
     hops = sum(-(-s.length // 2) if s.closes else s.length - 1 for s in path.stretches)
     if row.kind != ALL_TO_ALL:
@@ -175,6 +187,7 @@ def machine(on: "str | Hardware | Topology | Mesh | Machine", sizes: Mapping[str
 
     Raises:
         ValueError: it is not known, or has another number of devices than the program.
+        TypeError: it is none of these.
     """
     if isinstance(on, Machine):
         return on
@@ -184,7 +197,12 @@ def machine(on: "str | Hardware | Topology | Mesh | Machine", sizes: Mapping[str
         on = Hardware.load(on) if on.endswith(".toml") else Topology.parse(on) if ":" in on else Hardware.named(on)
     if isinstance(on, Hardware):
         return _of_chip(on, sizes)
-    return _of_topology(on, sizes, ())
+    if isinstance(on, Topology):
+        return _of_topology(on, sizes, ())
+    raise fail_type(
+        f"time: {type(on).__name__} is no machine. Write a chip, 'v5p', a topology, 'tpu:v5p:8x8x8', a mesh that has "
+        "one, or a profile of mw.calibrate()."
+    )
 
 
 def _of_mesh(mesh: Mesh, sizes: Mapping[str, int]) -> Machine:

@@ -19,6 +19,7 @@ from .call import Call, Leaf
 from .compiled import Compiled, Planned
 from .compiling import Target, compiled, largest_of, planned_memory
 from .hardware import Hardware
+from .known import Known
 from .lineage import Lineage
 from .memory import Memory, memory_of
 from .network import Machine, machine
@@ -28,7 +29,7 @@ from .report import as_text, comparison, page
 from .summary import Summary, summary
 from .time import Times, times_of
 from .traffic import Collective, collectives_of
-from .warnings import Known, PlanWarning, warnings_of
+from .warnings import PlanWarning, warnings_of
 from .work import Flops, flops_in
 
 
@@ -108,12 +109,14 @@ class Plan:
         """Write the plan to a file: ``plan.html``, one page that needs no network, or ``plan.json``.
 
         Raises:
-            ValueError: the file's name ends otherwise.
+            ValueError: the file's name ends otherwise, or its folder is not there.
         """
         path = Path(path)
         if path.suffix not in (".html", ".json"):
             found = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
             raise fail(f"plan.save: {str(path)!r} {found}. Write plan.save('plan.html') for a page, or 'plan.json'.")
+        if not path.parent.is_dir():
+            raise fail(f"plan.save: {str(path)!r}: there is no folder {str(path.parent)!r}.")
         text = self.to_json()
         path.write_text(html(text) if path.suffix == ".html" else text, encoding="utf-8")
 
@@ -135,7 +138,13 @@ class Plan:
         return compiled(self.program, self.call, target, planned, options or {})
 
     def compare(self, other: "Plan", names: tuple[str, str] = ("this", "other")) -> "Comparison":
-        """This plan and another, side by side."""
+        """This plan and another, side by side.
+
+        Raises:
+            TypeError: the other is no plan.
+        """
+        if not isinstance(other, Plan):
+            raise fail_type(f"plan.compare: expected a plan, found {type(other).__name__}. Write mw.plan(step, ...).")
         return Comparison(((names[0], self.summary), (names[1], other.summary)))
 
     def __repr__(self) -> str:

@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from ..devices import counted, show_sizes
-from ..explain import WIDTH, show_bytes
-from .summary import Line, Summary
+from ..explain import UNKNOWN, WIDTH, show_bytes
+from .summary import AT_LEAST, AT_MOST, Line, Summary
 from .time import COMPUTE, HBM
 from .warnings import PlanWarning
 
 NUM_LINES = 8
-BAR = 52
-"""The length of a whole bar, in characters."""
-UNKNOWN = "N/A"
+BAR = 40
+"""The length of a whole bar, in characters: beside it the figures have room in a terminal of 80."""
 
 
 class Mark(NamedTuple):
@@ -45,7 +45,7 @@ _KINDS = tuple(
     )
 )
 _EMPTY = Mark("·", "color(240)")
-_SEVERE = frozenset({"memory", "duplicated", "slow_network", "gathered"})
+_SEVERE = frozenset({"unknown", "memory", "duplicated", "slow_network", "gathered"})
 
 
 def page(summary: Summary, plain: bool = False) -> RenderableType:
@@ -54,7 +54,7 @@ def page(summary: Summary, plain: bool = False) -> RenderableType:
     parts: list[RenderableType] = [_heading(summary), Text("")]
     parts += [*_time(summary, styles), Text(""), *_memory(summary, plain), Text("")]
     if summary.traffic:
-        parts += [_traffic(summary, styles), Text("")]
+        parts += [_traffic(summary, styles), *_legend(summary), Text("")]
     parts += [_lines(summary, styles), Text("")]
     parts += _warnings(summary.warnings)
     if summary.unverified:
@@ -114,7 +114,7 @@ def _heading(summary: Summary) -> Text:
 def _time(summary: Summary, styles: Mapping[str, Mark]) -> Iterator[RenderableType]:
     """The time as one bar, and the figures under it."""
     work = summary.flops
-    notes = [f"{show_flops(work['total'])}"]
+    notes = [_bounded(summary.bound, show_flops(work["total"]))]
     notes += [
         f"{work[kind] / max(1, work['total']):.0%} {kind}"
         for kind in ("recomputed", "duplicated")
@@ -126,11 +126,16 @@ def _time(summary: Summary, styles: Mapping[str, Mark]) -> Iterator[RenderableTy
         return
     parts = summary.parts_seconds
     yield Text.assemble(
-        ("time    ", "bold"), _bar(parts, sum(parts.values()), styles), f"  {show_seconds(summary.seconds)}"
+        ("time    ", "bold"),
+        _bar(parts, sum(parts.values()), styles),
+        f"  {_bounded(summary.bound, show_seconds(summary.seconds))}",
     )
     yield _key({name: show_seconds(s) for name, s in parts.items() if s > 0}, styles)
     hidden = sum(summary.axis_seconds.values()) - sum(summary.axis_exposed_seconds.values())
-    rates = f"MFU {summary.mfu:.0%}, HFU {summary.hfu:.0%}"
+    rates = ", ".join(
+        f"{name} {UNKNOWN if rate is None else format(rate, '.0%')}"
+        for name, rate in (("MFU", summary.mfu), ("HFU", summary.hfu))
+    )
     hides = f"; computation hides {show_seconds(hidden)} of communication" if hidden > 0 else ""
     yield Text.assemble(("work    ", "bold"), ", ".join(notes), f"; {rates}{hides}")
 
@@ -147,13 +152,12 @@ def _bar(parts: Mapping[str, float], whole: float, styles: Mapping[str, Mark]) -
     return bar
 
 
-def _key(shown: Mapping[str, str], styles: Mapping[str, Mark]) -> Text:
-    key = Text("        ")
-    for i, (name, text) in enumerate(shown.items()):
-        key.append("   " if i else "")
-        key.append(f"{styles[name].glyph} ", styles[name].style)
-        key.append(f"{name} {text}")
-    return key
+def _key(shown: Mapping[str, str], styles: Mapping[str, Mark]) -> RenderableType:
+    """What the parts of a bar are; a part and its figure stay on one line."""
+    parts = [
+        Text.assemble((f"{styles[name].glyph} ", styles[name].style), f"{name} {text}") for name, text in shown.items()
+    ]
+    return Padding(Columns(parts, padding=(0, 3)), (0, 0, 0, 8))
 
 
 def _memory(summary: Summary, plain: bool) -> Iterator[RenderableType]:
@@ -167,12 +171,27 @@ def _memory(summary: Summary, plain: bool) -> Iterator[RenderableType]:
     yield Text.assemble(
         ("memory  ", "bold"),
         _bar({k: float(v) for k, v in parts.items()}, float(whole), styles),
-        (f"  {show_bytes(summary.peak_bytes)}{of}", "bold red" if full else ""),
+        (f"  {_bounded(summary.held_bound, show_bytes(summary.peak_bytes))}{of}", "bold red" if full else ""),
     )
     yield _key({kind: show_bytes(size) for kind, size in parts.items()}, styles)
 
 
-def _table(*columns: str, left: Iterable[int] = (0,)) -> Table:
+def _bounded(bound: str, figure: str) -> str:
+    """``at least 1.25 ms``."""
+    return f"{bound} {figure}" if bound and figure != UNKNOWN else figure
+
+
+def _legend(summary: Summary) -> Iterator[Text]:
+    """What the ``+`` of the traffic's runs says."""
+    if any(not t.sure for t in summary.traffic):
+        once, one = "in a loop of unknown length: at least", "in a branch, of which one runs: at most"
+        yield Text(
+            f"+ {once if summary.bound == AT_LEAST else one if summary.bound == AT_MOST else f'{once}; {one}'}", "dim"
+        )
+
+
+def new_table(*columns: str, left: Iterable[int] = (0,)) -> Table:
+    """A table whose columns ``left`` hold words, and the others figures, which are not wrapped."""
     table = Table(show_edge=False, pad_edge=False, box=SIMPLE_HEAD, header_style="dim")
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i in left else "right", no_wrap=True)
@@ -180,7 +199,7 @@ def _table(*columns: str, left: Iterable[int] = (0,)) -> Table:
 
 
 def _traffic(summary: Summary, styles: Mapping[str, Mark]) -> Table:
-    table = _table("axis", "crosses", "collective", "runs", "payload", "sent", "busy", left=(0, 1, 2))
+    table = new_table("axis", "crosses", "collective", "runs", "payload", "sent", "busy", left=(0, 1, 2))
     table.columns[1].no_wrap = False
     last = ""
     for t in sorted(summary.traffic, key=lambda t: (_order(t.axes, summary), -(t.seconds or 0.0), -t.sent_bytes)):
@@ -208,7 +227,7 @@ def _lines(summary: Summary, styles: Mapping[str, Mark]) -> Table:
     """The lines that cost the most, with their code."""
     timed = summary.seconds is not None
     cost = "time" if timed else "work"
-    table = _table("line", "", cost, "sent", "code", left=(0, 1, 4))
+    table = new_table("line", "", cost, "sent", "code", left=(0, 1, 4))
     table.columns[4].no_wrap = False
     table.columns[4].overflow = "ellipsis"
     shown = summary.lines[:NUM_LINES]
@@ -248,7 +267,8 @@ def _warnings(warnings: Sequence[PlanWarning]) -> Iterator[RenderableType]:
     yield Text(counted(len(warnings), "warning"), "bold")
     for warning in warnings:
         style = "red" if warning.kind in _SEVERE else "yellow"
-        cost = show_bytes(warning.num_bytes) + (f", {show_seconds(warning.seconds)}" if warning.seconds else "")
+        size = UNKNOWN if warning.num_bytes is None else show_bytes(warning.num_bytes)
+        cost = size + (f", {show_seconds(warning.seconds)}" if warning.seconds else "")
         where = f"{warning.place}  " if warning.place else ""
         head = Text.assemble(("▲ ", style), (where, "bold"), (warning.kind.replace("_", " "), style), f"  {cost}")
         yield head
@@ -257,15 +277,18 @@ def _warnings(warnings: Sequence[PlanWarning]) -> Iterator[RenderableType]:
 
 
 def comparison(sides: Sequence[tuple[str, Summary]]) -> Table:
-    """Plans side by side: of each figure the best in bold; with two, the ratio of the second to the first."""
-    table = _table("", *(name for name, _ in sides), *(["ratio"] if len(sides) == 2 else []))
-    for label, values, show, most in _figures([summary for _, summary in sides]):
+    """Plans side by side: of each figure the best in bold; with two, the ratio of the second to the first. A bound is
+    neither the best nor a part of a ratio."""
+    table = new_table("", *(name for name, _ in sides), *(["ratio"] if len(sides) == 2 else []))
+    summaries = [summary for _, summary in sides]
+    for label, values, show, most, bounds in _figures(summaries):
         known = [v for v in values if v is not None]
         if not any(known):
             continue
-        best, differ = (max if most else min)(known), len(set(known)) > 1
-        cells = [Text(show(v) if v is not None else UNKNOWN, "bold" * (differ and v == best)) for v in values]
-        table.add_row(Text(label, "dim" * label.startswith(" ")), *cells, _ratio(values))
+        best, differ = (max if most else min)(known), len(set(known)) > 1 and not any(bounds)
+        shown = [_bounded(b, show(v)) if v is not None else UNKNOWN for v, b in zip(values, bounds, strict=True)]
+        cells = [Text(text, "bold" * (differ and v == best)) for text, v in zip(shown, values, strict=True)]
+        table.add_row(Text(label, "dim" * label.startswith(" ")), *cells, "" if any(bounds) else _ratio(values))
     return table
 
 
@@ -277,28 +300,29 @@ def _ratio(values: Sequence[float | None]) -> str:
     return f"{ratio:.2f}" if 0.005 <= ratio < 100 else ""
 
 
-Figure = tuple[str, list[float | None], Callable[[float], str], bool]
-"""What it is, its values, how one is shown, and whether the most is the best."""
+Figure = tuple[str, list[float | None], Callable[[float], str], bool, list[str]]
+"""What it is, its values, how one is shown, whether the most is the best, and how each is to be read."""
 
 
 def _figures(sides: Sequence[Summary]) -> Iterator[Figure]:
-    yield "time", [s.seconds for s in sides], show_seconds, False
-    yield "  compute", [s.compute_seconds for s in sides], show_seconds, False
-    yield "  HBM", [s.hbm_seconds for s in sides], show_seconds, False
-    yield "  communication alone", [s.exposed_seconds for s in sides], show_seconds, False
-    yield "MFU", [s.mfu for s in sides], _percent, True
-    yield "HFU", [s.hfu for s in sides], _percent, True
-    yield "work", [s.flops["total"] for s in sides], show_flops, False
+    run, held, exact = [s.bound for s in sides], [s.held_bound for s in sides], [""] * len(sides)
+    yield "time", [s.seconds for s in sides], show_seconds, False, run
+    yield "  compute", [s.compute_seconds for s in sides], show_seconds, False, run
+    yield "  HBM", [s.hbm_seconds for s in sides], show_seconds, False, run
+    yield "  communication alone", [s.exposed_seconds for s in sides], show_seconds, False, run
+    yield "MFU", [s.mfu for s in sides], _percent, True, exact
+    yield "HFU", [s.hfu for s in sides], _percent, True, exact
+    yield "work", [s.flops["total"] for s in sides], show_flops, False, run
     for kind in ("recomputed", "duplicated"):
-        yield f"  {kind}", [s.flops[kind] for s in sides], show_flops, False
-    yield "memory", [s.peak_bytes for s in sides], _bytes, False
+        yield f"  {kind}", [s.flops[kind] for s in sides], show_flops, False, run
+    yield "memory", [s.peak_bytes for s in sides], _bytes, False, held
     for kind in dict.fromkeys(kind for s in sides for kind in s.held_bytes):
-        yield f"  {kind}", [s.held_bytes.get(kind, 0) for s in sides], _bytes, False
-    yield "sent", [s.sent_bytes for s in sides], _bytes, False
+        yield f"  {kind}", [s.held_bytes.get(kind, 0) for s in sides], _bytes, False, held
+    yield "sent", [s.sent_bytes for s in sides], _bytes, False, run
     for axes in dict.fromkeys(t.axes for s in sides for t in s.traffic):
         sent = [sum(t.sent_bytes for t in s.traffic if t.axes == axes) for s in sides]
-        yield f"  over {axes}", [float(n) for n in sent], _bytes, False
-    yield "warnings", [len(s.warnings) for s in sides], lambda n: f"{n:.0f}", False
+        yield f"  over {axes}", [float(n) for n in sent], _bytes, False, run
+    yield "warnings", [len(s.warnings) for s in sides], lambda n: f"{n:.0f}", False, exact
 
 
 def _percent(share: float) -> str:

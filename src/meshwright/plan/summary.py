@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from .drawn import Cut, Row, Stretch, code_around, code_at, cuts_of, joined_rows, stretches
 from .hardware import Hardware
 from .memory import Memory, Moment, Saved
-from .network import Machine
-from .program import Program
+from .network import Machine, in_order, show_axes
+from .program import Block, Choice, Loop, Op, Program
 from .time import COMPUTE, HBM, Times
 from .traffic import Collective
 from .warnings import PlanWarning
 from .work import Flops, Work
+
+AT_LEAST, AT_MOST, ABOUT = "at least", "at most", "about"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Traffic:
     sent_bytes: int
     seconds: float | None
     sure: bool
-    """False when some run in a loop of unknown length, or in a branch."""
+    """False when some run in a loop of unknown length (so many at least), or in a branch (so many at most)."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,13 @@ class Summary:
     """What it runs on: ``TPU v5p``."""
     paths: Mapping[str, str]
     """What each axis crosses."""
+    complete: bool
+    """False when XLA's partitioner chooses the communication of some operations: every figure lacks theirs."""
+    sure: bool
+    """False when a loop of unknown length counts as one turn, or one of several branches runs."""
+    bound: str
+    """How time, work and traffic are to be read: as they are (""), ``at least`` (incomplete, or a loop of unknown
+    length), ``at most`` (branches: the longest takes the time, and work and traffic have all), ``about`` (both)."""
     seconds: float | None
     compute_seconds: float | None
     hbm_seconds: float | None
@@ -85,7 +94,9 @@ class Summary:
     run at once and nothing is computed, the time is shared out among them."""
     bottleneck: str | None
     mfu: float | None
+    """None as well where time and work are only lower bounds."""
     hfu: float | None
+    """As ``mfu``."""
     flops: Mapping[str, int]
     """``total``, ``useful``, ``recomputed``, ``duplicated``, and by kind."""
     traffic: tuple[Traffic, ...]
@@ -116,6 +127,11 @@ class Summary:
         """What a device puts on the wire."""
         return sum(t.sent_bytes for t in self.traffic)
 
+    @property
+    def held_bound(self) -> str:
+        """As ``bound``, of memory."""
+        return "" if self.complete else AT_LEAST
+
     def json(self) -> str:
         """The summary as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=1, default=dict)
@@ -133,6 +149,9 @@ def summary(
 ) -> Summary:
     """The summary of a plan's parts."""
     hardware, sizes = machine.hardware if machine is not None else None, program.sizes
+    loops, branches = _unsure(program.block)
+    least = loops or bool(program.unknown)
+    rates = times if not least else None
     work = {
         kind: getattr(flops, kind)
         for kind in ("total", "useful", "recomputed", "duplicated", "matmul", "convolution", "elementwise")
@@ -142,6 +161,9 @@ def summary(
         mesh=dict(sizes),
         machine=hardware.title if hardware is not None else None,
         paths=_paths(sizes, rows, machine),
+        complete=not program.unknown,
+        sure=not loops and not branches,
+        bound=ABOUT if least and branches else AT_LEAST if least else AT_MOST if branches else "",
         seconds=times.seconds if times else None,
         compute_seconds=times.compute_seconds if times else None,
         hbm_seconds=times.hbm_seconds if times else None,
@@ -150,10 +172,10 @@ def summary(
         axis_exposed_seconds={axis.axes: axis.exposed_seconds for axis in times.axes} if times else {},
         parts_seconds=_parts(times) if times else {},
         bottleneck=times.bottleneck if times else None,
-        mfu=times.mfu if times else None,
-        hfu=times.hfu if times else None,
+        mfu=rates.mfu if rates else None,
+        hfu=rates.hfu if rates else None,
         flops=work,
-        traffic=_traffic(rows, machine),
+        traffic=_traffic(rows, sizes, machine),
         held_bytes=dict(memory.by_kind),
         peak_bytes=memory.peak_bytes,
         available_bytes=hardware.memory_bytes or None if hardware is not None else None,
@@ -162,11 +184,22 @@ def summary(
         unverified=tuple(dict.fromkeys((*hardware.unchecked, *hardware.assumed))) if hardware is not None else (),
         figures=_figures(hardware) if hardware is not None else {},
         tensors=cuts_of(program),
-        collectives=joined_rows(rows, machine),
+        collectives=joined_rows(rows, sizes, machine),
         timeline=stretches(times.spans) if times else (),
         moments=memory.timeline,
         saved=memory.saved,
     )
+
+
+def _unsure(block: Block) -> tuple[bool, bool]:
+    """Whether there is a loop of unknown length, and whether there are branches."""
+    loops = branches = False
+    for node in block.nodes:
+        if not isinstance(node, Op):
+            inner = [_unsure(b) for b in ([node.body] if isinstance(node, Loop) else node.branches)]
+            loops |= (isinstance(node, Loop) and node.length is None) or any(loop for loop, _ in inner)
+            branches |= isinstance(node, Choice) or any(branch for _, branch in inner)
+    return loops, branches
 
 
 def _parts(times: Times) -> dict[str, float]:
@@ -184,14 +217,14 @@ def _figures(hardware: Hardware) -> dict[str, float | str]:
 
 def _paths(sizes: Mapping[str, int], rows: Sequence[Collective], machine: Machine | None) -> dict[str, str]:
     """What each axis crosses, and each group of axes that speak as one."""
-    groups = dict.fromkeys([*((axis,) for axis in sizes), *(row.axes for row in rows)])
+    groups = dict.fromkeys([*((axis,) for axis in sizes), *(in_order(row.axes, sizes) for row in rows)])
     return {" x ".join(axes): str(machine.path(axes)) for axes in groups} if machine is not None else {}
 
 
-def _traffic(rows: Sequence[Collective], machine: Machine | None) -> tuple[Traffic, ...]:
+def _traffic(rows: Sequence[Collective], sizes: Mapping[str, int], machine: Machine | None) -> tuple[Traffic, ...]:
     groups: dict[tuple[str, str], list[Collective]] = defaultdict(list)
     for row in rows:
-        groups[" x ".join(row.axes), row.kind].append(row)
+        groups[show_axes(row.axes, sizes), row.kind].append(row)
     found = (
         Traffic(
             axes,

@@ -15,8 +15,8 @@ where the hardware cannot overlap, everything runs in one line.
                                                   copies that other devices compute as well
     HFU = all FLOPs of products / (seconds x peak)   recomputed ones and copies as well
 
-In both, attention under a causal mask counts half: a product of two activations with a batch dim, in a program with a
-mask made of positions. Products of every dtype count at the peak of bfloat16.
+In both, attention under a causal mask counts half (``attention.py`` says which products those are). Products of every
+dtype count at the peak of bfloat16.
 """
 
 import bisect
@@ -24,11 +24,12 @@ import dataclasses
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
+from .attention import masked_products
 from .lineage import Lineage
-from .network import Machine
+from .network import Machine, show_axes
 from .origin import RECOMPUTE, Origin
 from .program import Block, Loop, Node, Op, Program
 from .touched import reads_of, touched_bytes
@@ -133,7 +134,7 @@ def times_of(program: Program, machine: Machine, lineage: Lineage) -> Times:
         for name in busy
         if name not in (COMPUTE, HBM)
     )
-    model, executed = _products(program.block, lineage, program.sizes)
+    model, executed = _products(program.block, masked_products(program, lineage), program.sizes)
     peak = machine.hardware.peak_flops * seconds or math.inf
     return Times(
         machine,
@@ -179,32 +180,25 @@ def product_sizes(op: Op) -> tuple[int, int, int]:
     return rows, max(1, out.num_elements // max(1, rows * copies)), summed
 
 
-def _products(block: Block, lineage: Lineage, sizes: Mapping[str, int], turns: int = 1) -> tuple[float, float]:
-    """The operations of a block's products, for the MFU and for the HFU."""
+def _products(block: Block, halved: Set[int], sizes: Mapping[str, int], turns: int = 1) -> tuple[float, float]:
+    """The operations of a block's products, for the MFU and for the HFU; half of those under a mask."""
     model = executed = 0.0
     for node in block.nodes:
         if isinstance(node, Op):
             kind, flops = flops_of(node)
             if kind not in (MATMUL, CONVOLUTION) or not flops:
                 continue
-            flops = flops * turns / (2 if lineage.causal and _attends(node, lineage) else 1)
+            flops = flops * turns / (2 if id(node) in halved else 1)
             executed += flops
             if node.origin.direction != RECOMPUTE:
                 model += flops / copies_of(node, dict(sizes))
             continue
         parts = [node.body] if isinstance(node, Loop) else node.branches
         length = (node.length if node.length is not None else 1) if isinstance(node, Loop) else 1
-        found = [_products(part, lineage, sizes, turns * length) for part in parts]
+        found = [_products(part, halved, sizes, turns * length) for part in parts]
         model += max(m for m, _ in found)
         executed += max(e for _, e in found)
     return model, executed
-
-
-def _attends(op: Op, lineage: Lineage) -> bool:
-    """Whether a product is one of attention: of two activations, for each place of a batch."""
-    if op.name != "dot_general" or not op.params["dimension_numbers"][1][0]:
-        return False
-    return all(v is not None and lineage.parameter(v) is None for v in op.ins)
 
 
 @dataclass
@@ -253,7 +247,7 @@ class _Scheduler:
             rows = list(rows_of(node))
             if rows:
                 seconds = sum(map(self.machine.seconds, rows))
-                return Span(rows[0].kind, " x ".join(rows[0].axes), 0.0, seconds, 1, node.origin)
+                return Span(rows[0].kind, show_axes(rows[0].axes, self.machine.sizes), 0.0, seconds, 1, node.origin)
             stream, seconds = op_seconds(node, touched.get(id(node), 0), self.machine)
             return Span(node.name, stream, 0.0, seconds, 1, node.origin)
         if isinstance(node, Loop):

@@ -8,15 +8,16 @@ small to matter is not told: less than a hundredth of the program's own work, tr
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ..devices import counted
 from ..explain import show_bytes
 from ..scope import Axes
 from ..tensor import ACTIVATION, PARAMETER
-from .lineage import Lineage
-from .network import Machine
+from .known import Known, Ran, axes_of
+from .network import in_order
 from .origin import FORWARD, Origin
-from .program import Argument, Block, Loop, Op, Program, Value
+from .program import Argument, Op
 from .time import product_sizes
 from .touched import VIEWS
 from .traffic import ALL_GATHER, ALL_REDUCE, Collective, rows_of
@@ -24,11 +25,8 @@ from .work import CONVOLUTION, ELEMENTWISE, MATMUL, flops_of
 
 SHARE = 0.01
 """What is less than this share of its kind is not told."""
-WASTED = 1.1
-"""How much longer a product may take than its size says, before a warning."""
-TILE, RIDGE = 128, 128
-"""Of a machine that is not known: the side of its matrix unit, and rows for which weights are read in the time of
-their product."""
+RIDGE = 128
+"""Of a machine that is not known: rows for which weights are read in the time of their product."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,14 @@ class PlanWarning:
     """One thing that is probably not as it should be."""
 
     kind: str
-    """``duplicated``, ``gathered``, ``summed``, ``replicated``, ``small_batch``, ``slow_network``, ``uneven``,
-    ``thin`` or ``memory``."""
+    """``unknown``, ``duplicated``, ``gathered``, ``summed``, ``replicated``, ``small_batch``, ``slow_network``,
+    ``uneven``, ``thin`` or ``memory``."""
     file: str
     line: int
     message: str
     """What it is, with names and sizes."""
-    num_bytes: int
-    """What it costs a device: bytes moved, or held where it says so."""
+    num_bytes: int | None
+    """What it costs a device: bytes moved, or held where it says so; None when that is not known."""
     seconds: float | None
     """What it costs in time, nothing of it hidden; None when no machine is known."""
     remedy: str
@@ -54,75 +52,39 @@ class PlanWarning:
         return Origin("", "", (), self.file, self.line).place
 
 
-@dataclass(frozen=True)
-class Ran:
-    """An operation where it stands."""
-
-    op: Op
-    times: int
-    looped: bool
-    block: Block
-
-
-@dataclass(frozen=True)
-class Known:
-    """What warnings are drawn from."""
-
-    program: Program
-    lineage: Lineage
-    machine: Machine | None
-    peak_bytes: int
-    """The most that a device holds, or at least its arguments."""
-    ran: tuple[Ran, ...] = field(repr=False)
-    users: dict[int, list[Op]] = field(repr=False)
-    """Who reads a value, by its id, beyond views of it."""
-
-    @classmethod
-    def of(cls, program: Program, lineage: Lineage, machine: Machine | None, peak_bytes: int) -> "Known":
-        ran = tuple(_ran(program.block, 1, False))
-        users: dict[int, list[Op]] = defaultdict(list)
-        for each in ran:
-            for v in each.op.ins:
-                users[id(v)].append(each.op)
-        return cls(program, lineage, machine, peak_bytes, ran, users)
-
-    def seconds(self, rows: Sequence[Collective]) -> float | None:
-        """What collectives take, all their runs."""
-        return sum(self.machine.seconds(r) * r.times for r in rows) if self.machine is not None else None
-
-    def read_by(self, value: Value) -> Iterator[Op]:
-        """What reads a value, or a view of it, in its block."""
-        for op in self.users.get(id(value), ()):
-            if op.name in VIEWS:
-                for out in op.outs:
-                    yield from self.read_by(out)
-            else:
-                yield op
-
-    @property
-    def tile(self) -> int:
-        return self.machine.hardware.tile if self.machine is not None else TILE
-
-
-def _ran(block: Block, times: int, looped: bool) -> Iterator[Ran]:
-    for node in block.nodes:
-        if isinstance(node, Op):
-            yield Ran(node, times, looped, block)
-        elif isinstance(node, Loop):
-            yield from _ran(node.body, times * (node.length if node.length is not None else 1), True)
-        else:
-            for branch in node.branches:
-                yield from _ran(branch, times, looped)
-
-
 def warnings_of(known: Known) -> tuple[PlanWarning, ...]:
-    """Every warning; what takes the most time first, then the most bytes."""
+    """Every warning: first what makes figures incomplete, then a lack of memory, then what takes the most time."""
     found = [warning for check in _CHECKS for warning in check(known)]
-    return tuple(sorted(found, key=lambda w: (w.kind != "memory", -(w.seconds or 0.0), -w.num_bytes)))
+    return tuple(sorted(found, key=_rank))
+
+
+def _rank(warning: PlanWarning) -> tuple[bool, bool, float, int]:
+    first = warning.kind == "unknown", warning.kind == "memory"
+    return not first[0], not first[1], -(warning.seconds or 0.0), -(warning.num_bytes or 0)
 
 
 def _over(axes: Sequence[str], known: Known) -> str:
     return " x ".join(f"{axis}={known.program.sizes[axis]}" for axis in axes)
+
+
+def _unknown(known: Known) -> Iterator[PlanWarning]:
+    """Operations whose communication is not in the trace, because XLA's partitioner chooses it."""
+    ops = known.program.unknown
+    if not ops:
+        return
+    lines = dict.fromkeys(f"{op.name} at {op.origin.place}" if op.origin.file else op.name for op in ops)
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    first = next((op.origin for op in ops if op.origin.file), ops[0].origin)
+    yield PlanWarning(
+        "unknown",
+        first.file,
+        first.line,
+        f"What {counted(len(ops), 'operation')} on split arrays outside every region will send is XLA's to choose: "
+        f"{', '.join(list(lines)[:3])}{more}. Traffic, time, work and memory are incomplete without it.",
+        None,
+        None,
+        'Put them into a region: mw.spmd with partitioner="names". Or ask the compiler what it chose: plan.compile().',
+    )
 
 
 def _duplicated(known: Known) -> Iterator[PlanWarning]:
@@ -175,7 +137,7 @@ def _gathered(known: Known) -> Iterator[PlanWarning]:
         if not rows or rows[0].kind != ALL_GATHER or ran.op.origin.direction != FORWARD or not ran.op.sizes:
             continue
         if known.lineage.parameter(ran.op.ins[0]) is None and not _feeds_split_weights(ran.op, rows[0].axes, known):
-            groups[rows[0].axes] += rows
+            groups[in_order(rows[0].axes, known.program.sizes)] += rows
     for axes, rows in groups.items():
         sent = sum(row.total_sent_bytes for row in rows)
         if sent < SHARE * total:
@@ -211,7 +173,7 @@ def _feeds_split_weights(op: Op, axes: Axes, known: Known) -> bool:
     """Whether what is gathered meets a parameter that is split over the axis: then each device does its own part."""
     for reader in known.read_by(op.outs[0]):
         others = [v for v in reader.ins if v is not None and known.lineage.parameter(v) is not None]
-        if flops_of(reader)[0] == MATMUL and any(v.varying & set(axes) for v in others):
+        if flops_of(reader)[0] == MATMUL and any(set(known.splitting(v)) & set(axes) for v in others):
             return True
         if flops_of(reader)[0] == ELEMENTWISE and reader.outs and _leads_to_split_weights(reader, axes, known, 8):
             return True
@@ -222,7 +184,7 @@ def _leads_to_split_weights(op: Op, axes: Axes, known: Known, depth: int) -> boo
     for reader in (r for out in op.outs for r in known.read_by(out)):
         others = [v for v in reader.ins if v is not None and known.lineage.parameter(v) is not None]
         if flops_of(reader)[0] == MATMUL:
-            if any(v.varying & set(axes) for v in others):
+            if any(set(known.splitting(v)) & set(axes) for v in others):
                 return True
         elif depth and _leads_to_split_weights(reader, axes, known, depth - 1):
             return True
@@ -239,7 +201,7 @@ def _summed(known: Known) -> Iterator[PlanWarning]:
                 continue
             shape = ran.op.outs[0].shape
             if len(shape) > 1 and any(n % row.group_size == 0 for n in shape) and _of_product(ran, known):
-                groups[row.axes].append(row)
+                groups[in_order(row.axes, known.program.sizes)].append(row)
     for axes, rows in groups.items():
         saved = sum(row.total_sent_bytes for row in rows) // 2
         if saved < SHARE * total:
@@ -261,10 +223,9 @@ def _summed(known: Known) -> Iterator[PlanWarning]:
 
 def _of_product(ran: Ran, known: Known) -> bool:
     """Whether what is summed comes from a product: not a statistic, nor a lookup."""
-    makers = {id(v): op for op in ran.block.nodes if isinstance(op, Op) for v in op.outs}
     value, steps = ran.op.ins[0], 0
-    while value is not None and id(value) in makers and steps < 16:
-        maker = makers[id(value)]
+    while value is not None and id(value) in known.makers and steps < 16:
+        maker = known.makers[id(value)]
         if flops_of(maker)[0] == MATMUL and flops_of(maker)[1]:
             return True
         if maker.name not in VIEWS and maker.name not in ("add", "mul"):
@@ -283,7 +244,7 @@ def _replicated(known: Known) -> Iterator[PlanWarning]:
     held = sum(a.value.num_bytes for a in known.program.arguments)
     found = []
     for axis, size in known.program.sizes.items():
-        whole = [a for a in arguments if size > 1 and axis not in _axes_of(a.value)]
+        whole = [a for a in arguments if size > 1 and axis not in axes_of(a.value)]
         fit = [a for a in whole if any(n % size == 0 for n in a.value.shape)]
         found.append((sum(a.value.num_bytes for a in fit) * (size - 1) // size, axis, fit))
     saved, axis, fit = max(found, key=lambda each: each[0], default=(0, "", []))
@@ -296,16 +257,12 @@ def _replicated(known: Known) -> Iterator[PlanWarning]:
         origin.file if origin else "",
         origin.line if origin else 0,
         f"{len(fit)} tensors of parameters and optimizer state lie whole on each of the {known.program.sizes[axis]} "
-        f"devices along {axis}: {show_bytes(saved)} a device held for nothing. The largest: {worst.path}.",
+        f"devices along {axis}: {show_bytes(saved)} a device held for nothing. The largest: {_named(worst)}.",
         saved,
         0.0 if known.machine is not None else None,
         f'Split them at rest: Layout(..., params="{axis}"). Gradients then need a reduce-scatter, and each use a '
         "gather: as many bytes as the all-reduce.",
     )
-
-
-def _axes_of(value: Value) -> set[str]:
-    return {a for axes in value.split for a in axes}
 
 
 def _first_use(argument: Argument, known: Known) -> Origin | None:
@@ -376,7 +333,7 @@ def _slow_network(known: Known) -> Iterator[PlanWarning]:
     for ran in known.ran:
         for row in rows_of(ran.op, ran.times):
             if ran.looped and known.machine.path(row.axes).slow:
-                groups[row.axes].append((ran, row))
+                groups[in_order(row.axes, known.program.sizes)].append((ran, row))
     for axes, found in groups.items():
         rows = [row for _, row in found]
         worst = max(rows, key=lambda row: row.total_sent_bytes)
@@ -394,18 +351,19 @@ def _slow_network(known: Known) -> Iterator[PlanWarning]:
 
 
 def _uneven(known: Known) -> Iterator[PlanWarning]:
-    """Dims of parameters that no multiple of an axis, which splits other parameters, fits."""
+    """Parameters of which no free dim is a multiple of an axis that splits others, by its longest dim."""
     parameters = [a for a in known.program.arguments if a.role == PARAMETER and a.names]
     whole_bytes = sum(_whole_bytes(a, known) for a in parameters)
     told: dict[tuple[str, int, str], list[Argument]] = defaultdict(list)
     for axis, size in known.program.sizes.items():
         splitting = {n for a in parameters for n, axes in zip(a.names, a.value.split, strict=False) if axis in axes}
         for a in parameters if splitting and size > 1 else ():
-            if axis in _axes_of(a.value) or _whole_bytes(a, known) < SHARE * whole_bytes:
+            if axis in axes_of(a.value) or _whole_bytes(a, known) < SHARE * whole_bytes:
                 continue
-            for name, length in zip(a.names, _whole_shape(a, known), strict=True):
-                if length > size and length % size and name not in splitting:
-                    told[name, length, axis].append(a)
+            free = {n: length for n, length in _free_dims(a, known) if length > size and n not in splitting}
+            if free and all(length % size for _, length in _free_dims(a, known)):
+                name = max(free, key=lambda n: free[n])
+                told[name, free[name], axis].append(a)
     for (name, length, axis), found in told.items():
         size = known.program.sizes[axis]
         origin = _first_use(found[0], known)
@@ -414,7 +372,7 @@ def _uneven(known: Known) -> Iterator[PlanWarning]:
             "uneven",
             origin.file if origin else "",
             origin.line if origin else 0,
-            f"{name}={length} is no multiple of {axis}={size}, so {found[0].path}"
+            f"{name}={length} is no multiple of {axis}={size}, so {_named(found[0])}"
             + (f" and {len(found) - 1} more" if len(found) > 1 else "")
             + f" cannot be split there: {show_bytes(held)} more a device.",
             held,
@@ -426,6 +384,18 @@ def _uneven(known: Known) -> Iterator[PlanWarning]:
                 else "."
             ),
         )
+
+
+def _free_dims(argument: Argument, known: Known) -> Iterator[tuple[str, int]]:
+    """The dims of a tensor that nothing splits, and their sizes."""
+    split = argument.value.split or ((),) * len(argument.names)
+    sizes = zip(argument.names, _whole_shape(argument, known), split, strict=True)
+    yield from ((name, size) for name, size, axes in sizes if not axes)
+
+
+def _named(argument: Argument) -> str:
+    """A tensor by its place among the arguments."""
+    return f"argument {argument.path}" if argument.path.isdigit() else argument.path or "the argument"
 
 
 def _round(length: int, size: int, tile: int) -> int:
@@ -477,7 +447,7 @@ def _width(op: Op) -> int:
 def _weight_axes(op: Op, known: Known) -> Axes:
     """The axes that split the parameter of a product."""
     weight = next(v for v in op.ins if v is not None and known.lineage.parameter(v) is not None)
-    return tuple(a for a in known.program.sizes if a in weight.varying)
+    return known.splitting(weight)
 
 
 def _memory(known: Known) -> Iterator[PlanWarning]:
@@ -486,7 +456,7 @@ def _memory(known: Known) -> Iterator[PlanWarning]:
     if known.machine is None or not there or known.peak_bytes <= there:
         return
     largest = sorted(known.program.arguments, key=lambda a: -a.value.num_bytes)[:3]
-    listed = ", ".join(f"{a.path} ({show_bytes(a.value.num_bytes)})" for a in largest)
+    listed = ", ".join(f"{_named(a)} ({show_bytes(a.value.num_bytes)})" for a in largest)
     yield PlanWarning(
         "memory",
         "",
@@ -501,5 +471,5 @@ def _memory(known: Known) -> Iterator[PlanWarning]:
 
 
 _CHECKS: tuple[Callable[[Known], Iterator[PlanWarning]], ...] = (
-    _memory, _duplicated, _gathered, _summed, _replicated, _small_batch, _slow_network, _uneven, _thin,
+    _unknown, _memory, _duplicated, _gathered, _summed, _replicated, _small_batch, _slow_network, _uneven, _thin,
 )  # fmt: skip

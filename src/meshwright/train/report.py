@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from ..explain import UNKNOWN
+
 _WINDOW = 20
 _PLAIN_LINES = 40
-UNKNOWN = "N/A"
 
 
 class Meter:

@@ -50,6 +50,14 @@ function communicationSection() {
       rows,
     ),
   );
+  if (plan.traffic.some((t) => !t.sure)) home.append(el("p", { class: "note" }, `+ ${whatPlusSays()}.`));
+}
+
+function whatPlusSays() {
+  const says = [];
+  if (plan.bound !== "at most") says.push("in a loop of unknown length: at least");
+  if (plan.bound !== "at least") says.push("in a branch, of which one runs: at most");
+  return says.join("; ");
 }
 
 function runsOf(path) {

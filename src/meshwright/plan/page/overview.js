@@ -19,15 +19,15 @@ function headline() {
   const full = plan.available_bytes !== null && plan.peak_bytes > plan.available_bytes;
   const sent = sum(plan.traffic.map((t) => t.sent_bytes));
   const parts = [
-    ["time", figure("/seconds"), timed ? `mostly ${plan.bottleneck}` : ".on('v5p') or another machine tells it"],
+    ["time", timed ? bounded(figure("/seconds")) : figure("/seconds"), timed ? `mostly ${plan.bottleneck}` : ".on('v5p') or another machine tells it"],
     ["MFU", figure("/mfu"), ["HFU ", figure("/hfu")]],
-    ["work", figure("/flops/total"), extraWork()],
+    ["work", bounded(figure("/flops/total")), extraWork()],
     [
       "memory",
-      el("span", full ? { class: "over" } : {}, figure("/peak_bytes")),
+      el("span", full ? { class: "over" } : {}, bounded(figure("/peak_bytes"), plan.complete ? "" : "at least")),
       plan.available_bytes === null ? "" : [full ? "more than the " : "of ", figure("/available_bytes")],
     ],
-    ["sent", showBytes(sent), counted(sum(plan.traffic.map((t) => t.runs)), "collective")],
+    ["sent", bounded(showBytes(sent)), counted(sum(plan.traffic.map((t) => t.runs)), "collective")],
     [
       "warnings",
       el("a", { href: "#warnings" }, String(plan.warnings.length)),
@@ -39,6 +39,11 @@ function headline() {
       el("div", {}, el("dt", {}, name), el("dd", {}, value, el("small", {}, note))),
     ),
   );
+}
+
+// A figure, and how it is to be read where it is not exact.
+function bounded(figure, bound = plan.bound) {
+  return bound ? [el("span", { class: "bound" }, bound), " ", figure] : figure;
 }
 
 function extraWork() {
@@ -121,7 +126,7 @@ function workTable() {
   );
 }
 
-const SEVERE = ["memory", "duplicated", "slow_network", "gathered"];
+const SEVERE = ["unknown", "memory", "duplicated", "slow_network", "gathered"];
 
 function warningsSection() {
   const home = section("warnings");
