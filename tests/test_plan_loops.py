@@ -105,6 +105,21 @@ def test_each_stack_is_gathered_that_a_turn_reads() -> None:
     assert _planned(p) == {("all_gather", ("x",)): 2 * 4 * 8 * 16 * 4} == _compiled(p)
 
 
+@pytest.mark.parametrize("stack", [PartitionSpec(), *SPECS], ids=str)
+def test_regions_that_read_rows_are_known_exactly_or_not_at_all(stack: PartitionSpec) -> None:
+    """XLA may exchange a stack where the plan would gather it and have the region take its slice of each row."""
+    mesh, row = mw.Mesh("x=2,y=2", jax.devices()[:4]), mw.dims(a=16, b=4)
+    total = mw.spmd(lambda x: mw.sum(x * x), mesh, mw.Layout("a:x"))
+
+    def program(xs: jax.Array) -> Any:
+        return jax.lax.scan(lambda c, x: (c + total(mw.Tensor(x, row)), None), 0.0, xs)[0]
+
+    p = _outside(program, stack)
+    if stack == PartitionSpec() or not stack[0]:
+        assert not p.program.unknown
+    assert p.program.unknown or _planned(p) == _compiled(p)
+
+
 def _added_up(b: jax.Array) -> Any:
     return jax.lax.scan(lambda c, _: (c + b, None), jnp.zeros_like(b), None, length=3)[0]
 

@@ -240,6 +240,7 @@ class _Reader:
         if outer is None:
             return mine
         added, known = outside.moved(outer, mine, self.sizes)
+        known = known and (outer.shape == mine.shape or outer not in self.spread)
         if added or not known:
             op = Op("shard_map", {}, (outer,), (mine,), origin_of(chain, "shard_map", True), self.sizes)
             self._outside(op, added, known, nodes)
@@ -276,7 +277,7 @@ class _Reader:
         if stack is None or not any(stack.split[:1]):
             return stack
         whole = _slice(aval, ((), *stack.split[1:]), self.sizes)
-        self._stay_spread([whole], [stack])
+        self.spread.add(whole)
         nodes.append(Op("all_gather", {"axes": stack.split[0]}, (stack,), (whole,), origin, self.sizes))
         return whole
 
