@@ -302,7 +302,9 @@ def test_bounds_are_marked(browser: Browser, tmp_path: Path) -> None:
     layout = mw.Layout("batch:data, ff:model", params="embed:data")
     args = mw.shard(LAYER, mesh, layout)
     chosen = mw.plan(mw.spmd(feed_forward, mesh, layout, partitioner="xla"), *args).on(mesh)
-    opened(browser, chosen, tmp_path)
+    opened(browser, chosen, tmp_path, width=320)
+    wide, visible = browser.evaluate("['scrollWidth', 'clientWidth'].map((name) => document.documentElement[name])")
+    assert wide <= visible
     head = browser.evaluate(texts_of("#headline dd"))
     assert [text.startswith("at least ") for text in head] == [True, False, True, True, True, False]
     assert head[1].startswith("N/A")
