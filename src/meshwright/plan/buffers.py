@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 
 from .lineage import Lineage
 from .origin import Origin
-from .program import Block, Choice, Loop, Node, Op, Program, Value
-from .touched import VIEWS, Passes, passes_of, reads_of
+from .program import Block, Choice, Loop, Node, Op, Program, Value, reads_of
+from .touched import VIEWS, Passes, passes_of
 
 _CAST = "convert_element_type"
 _SLICES = frozenset({"dynamic_slice", "slice"})

@@ -70,7 +70,7 @@ class Lineage:
         known = [v for v in op.ins if v is not None]
         if op.name in _MOVES and known and (argument := self.parameter(known[0])) is not None:
             self.parameters.update((id(v), argument) for v in op.outs)
-        made = op.name in ("iota", "axis_index") or (bool(known) and all(id(v) in self.positions for v in known))
+        made = op.name in ("iota", "axis_index") or all(id(v) in self.positions for v in known)
         if not made:
             return
         self.positions.update(id(v) for v in op.outs)

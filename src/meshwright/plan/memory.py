@@ -20,8 +20,7 @@ from .buffers import Buffer, Buffers
 from .heap import most_bytes, outside, packed
 from .lineage import Lineage
 from .origin import BACKWARD, FORWARD, RECOMPUTE, UPDATE, Origin
-from .program import Argument, Block, Choice, Loop, Program
-from .touched import reads_of
+from .program import Argument, Block, Choice, Loop, Program, reads_of
 
 KINDS: tuple[str, ...] = (
     "parameters",

@@ -79,7 +79,8 @@ class Summary:
     """False when a loop of unknown length counts as one turn, or one of several branches runs."""
     bound: str
     """How time, work and traffic are to be read: as they are (""), ``at least`` (incomplete, or a loop of unknown
-    length), ``at most`` (branches: the longest takes the time, and work and traffic have all), ``about`` (both)."""
+    length), ``at most`` (branches: that with the most
+    work counts, and the traffic of all), ``about`` (both)."""
     seconds: float | None
     compute_seconds: float | None
     hbm_seconds: float | None

@@ -31,8 +31,8 @@ from .attention import masked_products
 from .lineage import Lineage
 from .network import Machine, show_axes
 from .origin import RECOMPUTE, Origin
-from .program import Block, Loop, Node, Op, Program
-from .touched import reads_of, touched_bytes
+from .program import Block, Loop, Node, Op, Program, reads_of
+from .touched import touched_bytes
 from .traffic import rows_of
 from .work import CONVOLUTION, ELEMENTWISE, MATMUL, copies_of, flops_of
 
