@@ -37,7 +37,7 @@ LAYOUTS = {
 }
 WIDTHS = (1024, 2048)
 REMATS = (None, "nothing")
-TOPOLOGIES = ("tpu:v5e:2x4", "tpu:v5p:2x2x2")
+TOPOLOGIES = ("tpu:v5e:2x4", "tpu:v5p:2x4x1")
 
 
 @dataclass(frozen=True)
