@@ -113,6 +113,9 @@ def main() -> None:
     parser.add_argument("--profile", help="where to write the machine's profile")
     given = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"--{SCHEDULER}=false {os.environ.get('XLA_FLAGS', '')}"
+    os.environ.setdefault(
+        "NPROC", str(4 * NUM_DEVICES)
+    )  # XLA's threads: a device may wait in several collectives at once
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
     profile = mw.calibrate(path=given.profile)
     every = cases()
