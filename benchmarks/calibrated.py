@@ -7,10 +7,12 @@ The layouts take turns, round after round, and each one's fastest step counts: o
 only adds. Last comes Spearman's rank correlation of the predicted and the measured times: how well the plan orders
 layouts by speed.
 
-XLA's scheduler for concurrent CPU thunks is off unless ``XLA_FLAGS`` turns it on, as in ``step.py``.
+The memory that XLA takes for each step and gives back after it stays with the process: otherwise the kernel hands out
+new pages every step, which takes a quarter of the time here and is no part of any device.
 """
 
 import argparse
+import ctypes
 import os
 import platform
 import time
@@ -22,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from step import SCHEDULER
 
 import meshwright as mw
 from meshwright.models import Decoder, DecoderConfig
@@ -100,6 +101,14 @@ def cases() -> list[Case]:
     return found
 
 
+def keep_memory() -> None:
+    """Tell the C library, where it is GNU's, not to give memory back to the kernel."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max, arena_max = -1, -4, -8  # of malloc.h
+        for option, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0), (arena_max, 1)):
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 def spearman(one: list[float], other: list[float]) -> float:
     """The correlation of ranks."""
     ranks = np.argsort(np.argsort(np.array([one, other]), axis=1), axis=1)
@@ -112,10 +121,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn")
     parser.add_argument("--profile", help="where to write the machine's profile")
     given = parser.parse_args()
-    os.environ["XLA_FLAGS"] = f"--{SCHEDULER}=false {os.environ.get('XLA_FLAGS', '')}"
-    os.environ.setdefault(
-        "NPROC", str(4 * NUM_DEVICES)
-    )  # XLA's threads: a device may wait in several collectives at once
+    keep_memory()
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
     profile = mw.calibrate(path=given.profile)
     every = cases()

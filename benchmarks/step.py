@@ -182,9 +182,6 @@ def main() -> None:
     parser.add_argument("--only", help="the name of one layout")
     given = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"--{SCHEDULER}=false {os.environ.get('XLA_FLAGS', '')}"  # of two, the last one counts
-    os.environ.setdefault(
-        "NPROC", str(4 * given.devices)
-    )  # XLA's threads: a device may wait in several collectives at once
     jax.config.update("jax_num_cpu_devices", given.devices)
     heads = max(4, given.devices)
     config = DecoderConfig(

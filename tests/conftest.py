@@ -25,8 +25,6 @@ _given = os.environ.get("XLA_FLAGS", "")
 _missing = (f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given)
 os.environ["XLA_FLAGS"] = " ".join((_given, *_missing)).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# XLA's threads: a device runs independent collectives at once, and each of them holds one until the others have come.
-os.environ.setdefault("NPROC", "24")
 
 import hypothesis
 import jax

@@ -157,6 +157,24 @@ def test_a_custom_gradient_of_a_parameter_at_rest(role: bool) -> None:
     assert jnp.allclose(found.array, plain.array, rtol=1e-5, atol=1e-5)
 
 
+def test_a_custom_gradient_takes_arguments_by_name() -> None:
+    def f(x: Any, scale: Any = 3.0) -> Any:
+        return mw.sum(x * scale)
+
+    by_vjp, by_jvp = mw.custom_vjp(f), mw.custom_jvp(f)
+    by_vjp.defvjp(lambda x, scale: (f(x, scale), (x, scale)), lambda kept, g: (kept[0] * 0 + g * kept[1] * 10, None))
+    by_jvp.defjvp(lambda primals, tangents: (f(*primals), f(tangents[0], primals[1]) * 10))
+    for g in (by_vjp, by_jvp):
+        for call, expected in ((lambda x, g=g: g(x), 3), (lambda x, g=g: g(scale=2.0, x=x), 2)):
+            np.testing.assert_allclose(jax.grad(call)(X_AB).array, expected * 10.0)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'scal'"):
+            g(X_AB, scal=2.0)
+    alone = mw.custom_jvp(lambda x, *, scale: x * scale)
+    alone.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
+    with pytest.raises(TypeError, match="takes scale by keyword alone"):
+        alone(X_AB, scale=2.0)
+
+
 def test_a_region_composes_with_jaxs_transformations_alone_and_inside_a_trace() -> None:
     """Alone it is compiled as a whole; under ``jax.jit`` it is traced with what surrounds it."""
     x, w = tensor(A, B), tensor(B, mw.Dim("d", 8), seed=1, role="parameter")

@@ -20,7 +20,7 @@ import meshwright as mw
 from meshwright.models import Decoder, DecoderConfig
 from meshwright.nn import cross_entropy
 
-from .laws import Way, assert_same
+from .laws import Way, assert_same, tensor
 from .stablehlo import communicated
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -230,3 +230,24 @@ def test_a_gradient_is_scattered_before_it_is_summed_over_further_axes() -> None
         assert scattered
         summed = [size for kind, size in found if kind == "all_reduce"]
         assert max(summed) <= max(scattered) // 4, (layout, max(summed), max(scattered))
+
+
+def test_what_two_uses_of_a_parameter_give_is_added_before_it_is_summed() -> None:
+    """Tied embeddings: the gradients of the lookup and of the product are one all-reduce."""
+    vocab, embed, batch = mw.dims(vocab=64, embed=32, batch=16)
+
+    def loss(table: mw.Tensor, ids: mw.Tensor) -> Any:
+        found = mw.take(table, ids, "vocab")
+        return mw.mean(mw.logsumexp(mw.dot(found, table, over="embed"), "vocab"))
+
+    table, ids = tensor(vocab, embed, role="parameter"), mw.Tensor(np.arange(16) * 3 % 64, (batch,))
+    options: dict[str, str]
+    for layout, options, num in (
+        ("batch:data", {}, 64 * 32),
+        ("batch:(pod,data)", {"params": "embed:data"}, 64 * 32 // 4),
+        ("batch:(pod,data)", {"params": "embed:data", "gather": "step"}, 64 * 32 // 4),
+    ):
+        gradient = jax.grad(Way("pod=2,data=4", layout, options).region(loss))
+        summed = [size for kind, size in communicated(gradient, table, ids) if kind == "all_reduce" and size >= num]
+        assert summed == [num], layout
+        assert_same(gradient(table, ids), jax.grad(loss)(table, ids), layout)

@@ -280,11 +280,31 @@ def test_passes_over_memory() -> None:
 
     def touched(fn: Any) -> int:
         plan = plan_of(fn, shapes("batch=64 embed=512"), layout="batch:data")
-        return sum(touched_bytes(plan.program.block).values())
+        return sum(moved.memory_bytes for moved in touched_bytes(plan.program.block).values())
 
     assert touched(lambda x: mw.tanh(x * x + x)) == 2 * n
     assert touched(lambda x: mw.sum(mw.tanh(x), "embed")) == n + 32 * 4
     assert touched(lambda x: mw.dot(x, x.rename(batch="rows"), over="embed")) >= 2 * n
+
+
+def test_a_cache_holds_what_was_moved_last() -> None:
+    n = 32 * 512 * 4
+
+    def moved(fn: Any, cache_bytes: int) -> tuple[int, int]:
+        block = plan_of(fn, shapes("batch=64 embed=512"), layout="batch:data").program.block
+        found = touched_bytes(block, cache_bytes).values()
+        return sum(m.memory_bytes for m in found), sum(m.cache_bytes for m in found)
+
+    def scaled(x: Tensor) -> Tensor:
+        return x / mw.sum(x, "embed")  # two passes: the sum reads x, then the quotient does again
+
+    small = 32 * 4
+    assert moved(scaled, 0) == (3 * n + 2 * small, 0)
+    assert moved(scaled, n // 2) == (3 * n + small, small)  # the sums are written there, and pushed out by x
+    assert moved(scaled, 2 * n) == (2 * n, n + 2 * small)  # what comes in and what leaves goes through memory
+    assert FLAT.pass_seconds(10**9, 0, 0) == pytest.approx(1e-21)
+    cached = Hardware(**{**vars(FLAT), "hbm_bytes_per_second": 1e9, "cache_bytes_per_second": 4e9})
+    assert cached.pass_seconds(1000, 1000, 0) == pytest.approx(1.25e-6)
 
 
 def test_a_profile_is_written_and_read(tmp_path: Path) -> None:

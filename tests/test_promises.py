@@ -230,6 +230,14 @@ def test_integer_sums_that_wrap_round_stay_sums() -> None:
     agree(program, x, v, over=ways(("x=2", "ff:x"), ("x=2,y=4", "ff:(x,y)"), partitioners=("names",)), grads=False)
 
 
+def test_a_sum_is_taken_before_a_number_makes_infinities_of_it() -> None:
+    """Infinities of either sign among the addends would add up to NaN."""
+    over = ways(("x=2", "ff:x"), ("x=2,y=4", "ff:(x,y)"), partitioners=("names",))
+    agree(
+        lambda x, v: (_dot(x, v) * float("inf"), _dot(x, v) / 0.0, -np.inf * _dot(x, v)), X, V, over=over, grads=False
+    )
+
+
 # What is sent
 
 HALF = ("reduce_scatter", 64)

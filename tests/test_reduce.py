@@ -104,6 +104,10 @@ def test_dtypes_are_those_of_jax() -> None:
                 continue
             found = jax.eval_shape(lambda x, name=name: getattr(mw, name)(x, "a").array, x)
             assert found.dtype == jax.eval_shape(lambda a, f=by_jax: f(a, 0), x.array).dtype, f"{name} of {dtype}"
+    with jax.enable_x64(True):
+        x = Tensor(jnp.ones((2, 3), jnp.int64), "a b")
+        for f in (mw.mean, mw.var, mw.std, mw.logsumexp, mw.softmax):
+            assert f(x, "a").dtype == jnp.float64
     x = tensor(A, B)
     assert mw.sum(x, "a", dtype=jnp.float32).dtype == mw.mean(x, "a", dtype=jnp.float32).dtype == jnp.float32
 

@@ -20,12 +20,13 @@ from .scope import Scope, Split
 class Cell:
     """One array of a region, and what was derived from it, each thing once."""
 
-    __slots__ = ("derived", "raw", "shared", "trace")
+    __slots__ = ("came", "derived", "raw", "shared", "trace")
 
     def __init__(self, raw: Any) -> None:
         self.raw = raw
         self.derived: dict[Any, Any] = {}
         self.shared: Callable[[], Any] | None = None
+        self.came: Any = None  # of an argument of the region: the slice that came in, as it lies at rest
         with take_current_trace() as trace:
             self.trace = trace
 

@@ -27,10 +27,11 @@ from . import collectives
 from .dims import Dims
 from .errors import at_user_line, fail, fail_type, nearest
 from .held import gathered
+from .home import check_home, check_names
 from .layout import Layout
 from .mesh import Mesh
 from .scope import Scope, Split, current, entered
-from .tensor import ACTIVATION, PARAMETER, Role, Tensor, check_home, check_names, is_tensor, make
+from .tensor import ACTIVATION, PARAMETER, Role, Tensor, came_in, is_tensor, make
 
 PARTITIONERS = ("names", "xla")
 
@@ -199,11 +200,15 @@ class Region:
     def _arrive(self, inlet: Inlet, array: Any) -> Any:
         if inlet.dims is None:
             return array
-        if self.scope.manual and self.layout.gather == "step" and any(inlet.rest):
+        if not self.scope.manual:
+            return make(array, inlet.dims, role=inlet.role)
+        if self.layout.gather == "step" and any(inlet.rest):
             copies = tuple(a for axes in inlet.rest for a in axes)
-            array = gathered(array, inlet.rest, frozenset(copies), self.scope)
-            return make(array, inlet.dims, role=inlet.role, copies=copies, home=inlet.rest)
-        return make(array, inlet.dims, role=inlet.role, rest=inlet.rest if self.scope.manual else None)
+            whole = gathered(array, inlet.rest, frozenset(copies), self.scope)
+            x = make(whole, inlet.dims, role=inlet.role, copies=copies, home=inlet.rest)
+        else:
+            x = make(array, inlet.dims, role=inlet.role, rest=inlet.rest)
+        return came_in(x, array)
 
     def _leave(self, x: Any) -> tuple[Any, PartitionSpec]:
         """An output's slice and its spec. A parameter leaves as it lies at rest."""

@@ -139,7 +139,7 @@ class Tensor:
         if self.scope is None:
             return self._cell
         if self.rest is not None and self.role == PARAMETER:
-            return self.for_use(self.raw, want)
+            return self.for_use(self.at_use(want), want)
         key, sums = (self.partial, self.rest, self.copies, want), self.scope.sums
         with told(self.dims):
             return self._cell.once(key, lambda: collectives.vary(self._kept(want), want, sums))
@@ -154,6 +154,15 @@ class Tensor:
         key = ("merged", self.partial, self.rest, self.copies, want, runs)
         return self._cell.once(key, lambda: merge_runs(array, runs))
 
+    def at_use(self, want: frozenset[str]) -> Any:
+        """The slice held by a parameter that each use makes whole for itself. What came into the region varies over the
+        use's other axes once for all uses: their gradients are added up before they are summed over devices."""
+        sums = self.scope.sums if self.scope else None
+        beyond = want.difference(a for axes in self.rest or () for a in axes)
+        if self._cell.came is None or not beyond:
+            return self.raw
+        return self._cell.once(("use", beyond), lambda: collectives.vary(self.raw, beyond, sums))
+
     def for_use(self, raw: Any, want: frozenset[str]) -> Any:
         """What ``local`` gives for a parameter at rest whose slice held is ``raw``."""
         unwanted, sums = tuple(a for a in self.copies if a not in want), self.scope.sums if self.scope else None
@@ -166,6 +175,8 @@ class Tensor:
         """This device's slice, as it lies at rest, of a parameter that was gathered once a step."""
         assert self.scope is not None and self.home is not None
         scope, home = self.scope, self.home
+        if self._cell.came is not None:
+            return self._cell.came
         return self._cell.once(("home", home), lambda: slice_own(self.raw, scope, home))
 
     def share_sum(self, x: "Tensor", function: Callable[[Any], Any]) -> None:
@@ -195,7 +206,14 @@ class Tensor:
     def _kept(self, want: frozenset[str]) -> Any:
         """The slice with its promises kept: first the sum, on what is held, then the gather, then one value."""
         held = summed = self.summed()
-        used = _NOTHING
+        used, beyond = _NOTHING, want.difference(self.copies)
+        if self.copies and self._cell.came is not None and beyond:
+            # Gathered once a step: gradients are scattered first, then summed over the use's other axes.
+            scope, came, home, copies = self.scope, self._cell.came, self.home, frozenset(self.copies)
+            sums = scope.sums if scope else None
+            held = self._cell.once(
+                ("step", beyond), lambda: gathered(collectives.vary(came, beyond, sums), home, copies, scope)
+            )
         if self.rest is not None:
             used = frozenset(a for axes in self.rest for a in axes) & want
             held = self._cell.once(
@@ -506,6 +524,12 @@ def make(
     return t
 
 
+def came_in(x: Tensor, array: Any) -> Tensor:
+    """Mark a tensor as an argument of the region, which came in as this slice."""
+    x._cell.came = array
+    return x
+
+
 def told(these: Dims) -> AbstractContextManager[None]:
     """A context in which the program's operations carry the names of a tensor: profilers and the plan show them."""
     return jax.named_scope(f"mw[{' '.join(names_of(these))}]")  # type: ignore[no-any-return]
@@ -559,41 +583,3 @@ def _unflatten(aux: Any, children: Any) -> Tensor:
 
 
 jax.tree_util.register_pytree_with_keys(Tensor, _flatten_with_keys, _unflatten, _flatten)
-
-
-def check_home(x: Tensor, asked: str) -> None:
-    """Raise a ``ValueError`` when ``x`` comes from another region than the one it is used in, or lost its names."""
-    here = current_manual()
-    if x.scope is here or x.scope == here:
-        check_names(x, asked)
-        return
-    what = f"{asked}: the tensor ({show(x.dims)})"
-    if here is None:
-        raise fail(
-            f"{what} is one device's slice from inside a region (layout: {_text(x.scope)}), used outside it.\n"
-            "  Return it from the function given to mw.spmd: what comes out is the whole tensor. The rules of a custom "
-            "gradient run outside the region under JAX's own decorators: use mw.custom_vjp or mw.custom_jvp."
-        )
-    if x.scope is None:
-        raise fail(
-            f"{what} is a whole tensor from outside, used inside a region (layout: {here.text}).\n"
-            "  Pass it to the function given to mw.spmd as an argument: inside, each device then sees its slice."
-        )
-    raise fail(
-        f"{what} belongs to a region with the layout {x.scope.where}, used in one with the layout {here.where}.\n"
-        "  Return it from the first region and pass it to the second as an argument."
-    )
-
-
-def check_names(x: Tensor, asked: str) -> None:
-    """Raise a ``ValueError`` when the array has not one axis for each dim: JAX mapped over a tensor as a pytree."""
-    if np.ndim(x.raw) != len(x.dims):
-        raise fail(
-            f"{asked}: the tensor ({show(x.dims)}) holds an array of shape {np.shape(x.raw)}: jax.vmap or jax.lax.scan "
-            "took or added an axis that has no name.\n"
-            "  Use mw.vmap(f, dim) or mw.scan(f, init, xs, over=dim), which map over a named dim."
-        )
-
-
-def _text(scope: Scope | None) -> str:
-    return scope.text if scope is not None else ""

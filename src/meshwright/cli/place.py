@@ -1,7 +1,6 @@
 """The flags that say where a program runs: devices, mesh and layout. Every command that runs something has them."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,8 +101,6 @@ def find_devices(number: int | None) -> Sequence[Any]:
     """
     if number is None:
         return present()
-    # XLA's threads: a virtual device runs independent collectives at once, and each holds one until the others come.
-    os.environ.setdefault("NPROC", str(4 * number))
     with contextlib.suppress(RuntimeError):  # JAX has started already: it has the devices that it has.
         jax.config.update("jax_num_cpu_devices", number)
     found = present()

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy import special
 
 from ..dims import Dims, show, union
@@ -160,10 +161,10 @@ def _scaled(function: Callable[..., Any], asked: str, both: bool) -> Callable[..
         x_named, y_named = isinstance(x, Tensor), isinstance(y, Tensor)
         if x_named and not y_named:
             check_operand(y, asked)
-            return lift(lambda a: function(a, y), asked, linear=True)(x) if _scales(x) else plain(x, y)
+            return lift(lambda a: function(a, y), asked, linear=True)(x) if _scales(x, y, not both) else plain(x, y)
         if both and y_named and not x_named:
             check_operand(x, asked)
-            return lift(lambda a: function(x, a), asked, linear=True)(y) if _scales(y) else plain(x, y)
+            return lift(lambda a: function(x, a), asked, linear=True)(y) if _scales(y, x, False) else plain(x, y)
         return plain(x, y)
 
     scaled.__name__ = scaled.__qualname__ = asked
@@ -171,9 +172,12 @@ def _scaled(function: Callable[..., Any], asked: str, both: bool) -> Callable[..
     return scaled
 
 
-def _scales(x: Tensor) -> bool:
-    """Whether addends can be scaled before their sum. Integers cannot: a sum that wraps round is no longer linear."""
-    return bool(x.pending) and jnp.issubdtype(x.dtype, jnp.inexact)
+def _scales(x: Tensor, by: Any, divides: bool) -> bool:
+    """Whether addends can be scaled before their sum. Integers cannot: a sum that wraps round is no longer linear. Nor
+    can they by a number that makes infinities of them, which add up to NaN."""
+    known = isinstance(by, bool | int | float | complex | np.generic)
+    infinite = known and (not np.isfinite(by) or (divides and by == 0))
+    return bool(x.pending) and jnp.issubdtype(x.dtype, jnp.inexact) and not infinite
 
 
 add = operator("add")(lift(jnp.add, linear=True))

@@ -7,6 +7,7 @@ for an argument is brought to the form in which the argument came: a parameter's
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class custom_vjp:
 
     def __init__(self, function: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
         functools.update_wrapper(self, function)
+        self._function = function
         self._static = frozenset(nondiff_argnums)
         self._inner = jax.custom_vjp(_in_scope(function), tuple(i + 1 for i in nondiff_argnums))
 
@@ -54,8 +56,8 @@ class custom_vjp:
 
         self._inner.defvjp(scoped_forward, scoped_backward)
 
-    def __call__(self, *args: Any) -> Any:
-        return self._inner(current(), *args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._inner(current(), *_by_position(self._function, args, kwargs))
 
 
 class custom_jvp:
@@ -69,6 +71,7 @@ class custom_jvp:
 
     def __init__(self, function: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
         functools.update_wrapper(self, function)
+        self._function = function
         self._inner = jax.custom_jvp(_in_scope(function), tuple(i + 1 for i in nondiff_argnums))
 
     def defjvp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,8 +84,21 @@ class custom_jvp:
         self._inner.defjvp(scoped)
         return rule
 
-    def __call__(self, *args: Any) -> Any:
-        return self._inner(current(), *args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._inner(current(), *_by_position(self._function, args, kwargs))
+
+
+def _by_position(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments in order, defaults among them, as the rules are given them."""
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise fail_type(f"{getattr(function, '__name__', 'a custom gradient')}: {error}.") from None
+    bound.apply_defaults()
+    if bound.kwargs:
+        names = ", ".join(bound.kwargs)
+        raise fail_type(f"a custom gradient's function takes {names} by keyword alone: its rules cannot be given that.")
+    return bound.args
 
 
 @jax.tree_util.register_static

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from .. import collectives
 from ..dims import Dim, find, show
 from ..errors import fail, fail_type
+from ..home import check_home
 from ..scope import current_manual
-from ..tensor import PARAMETER, Tensor, check_home, is_tensor, make
+from ..tensor import PARAMETER, Tensor, is_tensor, make
 from .lowering import axes_of, is_scalar
 from .packing import Held, Packing, held_as
 from .transform import remat as rematerialised

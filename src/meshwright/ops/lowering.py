@@ -17,8 +17,9 @@ from jax.extend import source_info_util
 from .. import collectives
 from ..dims import Dim, Dims, Names, as_names, index_of, names_of, show
 from ..errors import fail_type
+from ..home import check_home
 from ..scope import Axes, Scope, Split, current_manual, mapped_axes
-from ..tensor import PARAMETER, Tensor, check_home
+from ..tensor import PARAMETER, Tensor
 
 
 def is_scalar(x: Any) -> bool:
@@ -114,7 +115,7 @@ def run(
             return function(*ready)
 
     arrays = [
-        x.raw if rests else x.local(want) if x.role == PARAMETER else _local(x, want, merge)
+        x.at_use(want) if rests else x.local(want) if x.role == PARAMETER else _local(x, want, merge)
         for x, rests, merge in zip(tensors, held, merges, strict=True)
     ]
     return jax.checkpoint(prepare_and_run)(*arrays)
@@ -128,7 +129,7 @@ def _as_it_rests(x: Tensor, want: frozenset[str]) -> bool:
     """Whether the parameter is passed on as it rests. A vector is not: keeping it costs less than gathering it."""
     if x.role != PARAMETER or x.scope is None or x.copies or x.ndim == 1:
         return False
-    return x.rest is not None or not want <= collectives.varies_over(x.raw)
+    return x.rest is not None or not want <= collectives.varies_over(x.at_use(want))
 
 
 def copied(tensors: Sequence[Tensor], want: frozenset[str]) -> Axes:

@@ -15,8 +15,9 @@ from .. import collectives
 from ..dims import Dims, names_of, show
 from ..errors import fail, fail_type
 from ..held import slice_own
+from ..home import check_home
 from ..scope import Axes, Split, current_manual, mapped_axes
-from ..tensor import PARAMETER, Role, Tensor, check_home, is_tensor, make
+from ..tensor import PARAMETER, Role, Tensor, is_tensor, make
 
 
 @dataclass(frozen=True)

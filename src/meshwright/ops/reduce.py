@@ -86,7 +86,8 @@ def _added(array: Any, where: tuple[int, ...]) -> Any:
 
 @operator("mean")
 def mean(x: Any, over: Names | None = None, *, dtype: Any = None) -> Any:
-    """The mean over dims: a name, several, or all when None. Of integers in float32; ``dtype`` is an inexact one."""
+    """The mean over dims: a name, several, or all when None. Of integers in float32, of those of 64 bits in float64;
+    ``dtype`` is an inexact one."""
     check_operand(x, "mean", scalars=False)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
         raise fail_type(f"mean: dtype={jnp.dtype(dtype).name} cannot hold a mean; write mw.mean(x, ...).astype(dtype).")
@@ -102,7 +103,10 @@ def mean(x: Any, over: Names | None = None, *, dtype: Any = None) -> Any:
 
 
 def _inexact(dtype: Any) -> Any:
-    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.dtype(jnp.float32)
+    """The floats that a mean is given in: of integers those of JAX, as wide as the integers and float32 at least."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return dtype
+    return jnp.dtype("float64" if jnp.dtype(dtype).itemsize == 8 else "float32")
 
 
 def _wide(dtype: Any) -> Any:

@@ -17,8 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from .. import collectives
 from ..dims import Dim, Dims, Names, as_dims, as_names, find, index_of, show, sizes_of, union, without
 from ..errors import fail, fail_type, nearest
+from ..home import check_home
 from ..scope import current_manual, mapping
-from ..tensor import ACTIVATION, PARAMETER, Tensor, check_home, is_tensor, make
+from ..tensor import ACTIVATION, PARAMETER, Tensor, is_tensor, make
 from .lowering import align, check_operand, doing_again, run, split_of, wanted
 from .packing import held_as
 

@@ -3,11 +3,14 @@
     profile = mw.calibrate(path="here.toml")
     mw.plan(step, state, batch).on(profile)
 
-What is measured: products of square matrices of several sizes, an elementwise pass over memory, the least that any
-operation takes, and for each kind of collective and each size of a group its latency (alpha) and the bytes a second
-that a device sends. All devices work at once, each group of an axis beside the others, as they do in a program: virtual
-devices share cores, and real ones share links. Each measurement runs in a loop inside one compiled program, so that
-the cost of starting a program is not counted; the median of several runs is taken.
+What is measured: products of square matrices of several sizes, an elementwise pass over memory and one within a cache,
+the least that any operation takes, and for each kind of collective and each size of a group its latency (alpha) and the
+bytes a second that a device sends. All devices work at once, each group of an axis beside the others, as they do in a
+program: virtual devices share cores, and real ones share links.
+
+A measurement is one compiled program that does the same many times, so that the cost of starting it is not counted: on
+arrays that it has not touched for long, as a step finds its weights and gradients, or, for what a cache holds and for
+the least of an operation, on one array again and again. The median of several runs is taken.
 """
 
 import functools
@@ -36,7 +39,9 @@ MATMUL_SIZES = (64, 128, 256, 512, 1024)
 PAYLOADS = (4 * 1024, 256 * 1024, 4 * 1024 * 1024)
 """Bytes of the buffers that collectives are measured with."""
 PASS_BYTES, CACHED_BYTES = 32 * 1024 * 1024, 256 * 1024
-"""Of an elementwise pass that reaches memory, and of one that stays in a cache."""
+"""Of arrays that together reach memory, and of one that stays in a cache."""
+MOST_ARRAYS, LEAST_ARRAYS = 32, 4
+"""How many arrays a measurement goes through."""
 NUM_RUNS = 5
 TURN_SECONDS = 0.05
 """About how long one run of a measurement takes."""
@@ -73,9 +78,9 @@ def calibrate(mesh: Mesh | None = None, path: str | Path | None = None) -> Hardw
         platform=first.platform,
         peak_flops=peak,
         hbm_bytes=known.hbm_bytes if known is not None else 0,
-        hbm_bytes_per_second=_bandwidth(everyone, PASS_BYTES),
+        hbm_bytes_per_second=_bandwidth(everyone),
         cache_bytes=math.isqrt(4 * PASS_BYTES * CACHED_BYTES),
-        cache_bytes_per_second=_bandwidth(everyone, CACHED_BYTES),
+        cache_bytes_per_second=_cached_bandwidth(everyone),
         elementwise_flops=_elementwise(everyone),
         network="measured",
         matmul=tuple(Rate(size=size, fraction=rate / peak) for size, rate in rates.items()),
@@ -91,14 +96,22 @@ def calibrate(mesh: Mesh | None = None, path: str | Path | None = None) -> Hardw
 
 def _matmul(mesh: Mesh, size: int, dtype: Any) -> float:
     """Operations a second on each device."""
-    seconds = _seconds(mesh, lambda x: x @ x, jnp.zeros((size, size), dtype))
-    return 2 * size**3 / seconds
+    return 2 * size**3 / _seconds_through(mesh, lambda x: x @ x, (size, size), dtype)
 
 
-def _bandwidth(mesh: Mesh, num_bytes: int) -> float:
-    """Bytes a second that each device reads and writes in an elementwise pass."""
-    x = jnp.zeros(num_bytes // 4, jnp.float32)
-    return 2 * num_bytes / _seconds(mesh, lambda x: jnp.maximum(x * 0.5, x + 0.25), x)
+def _bandwidth(mesh: Mesh) -> float:
+    """Bytes a second that each device reads and writes in an elementwise pass over memory."""
+    size = PASS_BYTES // MOST_ARRAYS
+    return 2 * size / _seconds_through(mesh, _pass, (size // 4,))
+
+
+def _cached_bandwidth(mesh: Mesh) -> float:
+    """The same within a cache."""
+    return 2 * CACHED_BYTES / _seconds(mesh, _pass, jnp.zeros(CACHED_BYTES // 4, jnp.float32))
+
+
+def _pass(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x * 0.5, x + 0.25)
 
 
 def _elementwise(mesh: Mesh) -> float:
@@ -127,7 +140,7 @@ def _fit(kind: str, mesh: Mesh, axis: str) -> tuple[float, float]:
     for payload in PAYLOADS:
         given = payload // n if kind == ALL_GATHER else payload
         body = functools.partial(_collective, kind, (axis,), n)
-        seconds = _seconds(mesh, body, jnp.zeros(given // 4, jnp.float32))
+        seconds = _seconds_through(mesh, body, (given // 4,))
         shares = {ALL_REDUCE: 2 * (n - 1) / n, PERMUTE: 1.0}
         points.append((payload * shares.get(kind, (n - 1) / n), seconds))
     return line(points)
@@ -147,43 +160,66 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _collective(kind: str, axes: Axes, n: int, x: jax.Array) -> jax.Array:
-    """One collective on a slice; what comes out is handed on as one number, so that the next turn waits for it."""
+    """One collective on a slice."""
     if kind == ALL_REDUCE:
-        y = collectives.all_sum(x, axes)
-    elif kind == ALL_GATHER:
-        y = collectives.gather(x, axes, 0)
-    elif kind == REDUCE_SCATTER:
-        y = collectives.sum_scatter(x, axes, 0)
-    elif kind == ALL_TO_ALL:
-        y = collectives.exchange(x, axes, 0, 0)
-    else:
-        y = collectives.permute(x, axes, [(i, (i + 1) % n) for i in range(n)])
-    return x.at[0].set(y[-1])
+        return collectives.all_sum(x, axes)
+    if kind == ALL_GATHER:
+        return collectives.gather(x, axes, 0)
+    if kind == REDUCE_SCATTER:
+        return collectives.sum_scatter(x, axes, 0)
+    if kind == ALL_TO_ALL:
+        return collectives.exchange(x, axes, 0, 0)
+    return collectives.permute(x, axes, [(i, (i + 1) % n) for i in range(n)])
 
 
 def _seconds(mesh: Mesh, body: Body, x: jax.Array) -> float:
-    """How long one turn of ``body`` takes on every device at once."""
+    """How long ``body`` takes on every device at once, on what it made the turn before."""
+
+    def program(turns: int) -> float:
+        def loop(x: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, turns, lambda _, x: body(x), x)
+
+        return _median(mesh, loop, [x])
+
+    turns = max(4, min(200, math.ceil(TURN_SECONDS / max(program(1), 1e-6))))
+    return program(turns) / turns
+
+
+def _seconds_through(mesh: Mesh, body: Body, shape: tuple[int, ...], dtype: Any = jnp.float32) -> float:
+    """How long ``body`` takes on every device at once, going through arrays of this shape one after the other."""
+    x = jnp.zeros(shape, dtype)
+    num = max(LEAST_ARRAYS, min(MOST_ARRAYS, PASS_BYTES // x.nbytes))
+
+    def program(*given: jax.Array) -> list[jax.Array]:
+        made: list[jax.Array] = []
+        for x in given:
+            if made:  # one at a time: a compiler would join small collectives
+                x, _ = jax.lax.optimization_barrier((x, made[-1]))
+            made.append(body(x))
+        return made
+
+    return _median(mesh, program, [x] * num) / num
+
+
+def _median(mesh: Mesh, program: Callable[..., Any], given: Sequence[jax.Array]) -> float:
+    """The median time of a program of each device's slices."""
     axes = tuple(mesh.axes)
-    sharding = NamedSharding(mesh.jax_mesh, PartitionSpec(axes))
-    given = jax.device_put(jnp.zeros((mesh.size * x.shape[0], *x.shape[1:]), x.dtype), sharding)
-    once = _run(mesh, body, given, 1)
-    turns = max(4, min(200, math.ceil(TURN_SECONDS / max(once, 1e-6))))
-    return _run(mesh, body, given, turns) / turns
+    spec, every = PartitionSpec(axes), frozenset(axes)
 
+    def whole(x: jax.Array) -> jax.Array:
+        sharding = NamedSharding(mesh.jax_mesh, spec)
+        return jax.device_put(jnp.zeros((mesh.size * x.shape[0], *x.shape[1:]), x.dtype), sharding)
 
-def _run(mesh: Mesh, body: Body, given: jax.Array, turns: int) -> float:
-    """The median time of a program that runs ``body`` so many times."""
-    spec = PartitionSpec(tuple(mesh.axes))
+    def region(*slices: jax.Array) -> Any:
+        made = program(*(collectives.vary(x, every) for x in slices))
+        return jax.tree.map(lambda x: collectives.vary(x, every), made)
 
-    def program(x: jax.Array) -> jax.Array:
-        every = frozenset(mesh.axes)
-        return jax.lax.fori_loop(0, turns, lambda _, x: collectives.vary(body(x), every), collectives.vary(x, every))
-
-    compiled = jax.jit(jax.shard_map(program, mesh=mesh.jax_mesh, in_specs=spec, out_specs=spec))
-    jax.block_until_ready(compiled(given))
+    arrays = [whole(x) for x in given]
+    compiled = jax.jit(jax.shard_map(region, mesh=mesh.jax_mesh, in_specs=spec, out_specs=spec))
+    jax.block_until_ready(compiled(*arrays))
     taken = []
     for _ in range(NUM_RUNS):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(given))
+        jax.block_until_ready(compiled(*arrays))
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)

@@ -35,7 +35,7 @@ class Rate:
     """What products of one size reach."""
 
     size: int
-    """The cube root of rows x columns x summed, of one product of matrices."""
+    """Of one product of matrices the harmonic mean of rows, columns and summed: the work for each element moved."""
     fraction: float
     """Of the peak."""
 
@@ -97,9 +97,9 @@ class Hardware:
     achieved: tuple[Achieved, ...] = ()
     """Measured collectives, which are taken before the formulas."""
     cache_bytes: int = 0
-    """An operation that moves no more than this finds it in a cache; 0: there is none that matters."""
+    """The room in a cache; 0: there is none that matters."""
     cache_bytes_per_second: float = 0.0
-    """How fast it then is."""
+    """What a device reads and writes of what the cache holds."""
     elementwise_flops: float = 0.0
     """Elementwise operations a second, where they limit a pass and not the memory; 0: they never do."""
     launch_seconds: float = 0.0
@@ -170,12 +170,14 @@ class Hardware:
         how, _, number = self.wraps.rpartition(" ")
         return bool(how) and (length == int(number) if how == "at" else length % int(number) == 0)
 
-    def pass_seconds(self, num_bytes: int, flops: int) -> float:
-        """How long an elementwise pass takes that moves so many bytes and does so many operations."""
-        if not num_bytes:
+    def pass_seconds(self, memory_bytes: int, cached_bytes: int, flops: int) -> float:
+        """How long an elementwise pass takes that moves so many bytes of memory and of what a cache holds, and does so
+        many operations."""
+        if not memory_bytes + cached_bytes:
             return 0.0
-        cached = num_bytes <= self.cache_bytes
-        moving = num_bytes / (self.cache_bytes_per_second if cached else self.hbm_bytes_per_second)
+        moving = memory_bytes / self.hbm_bytes_per_second
+        if cached_bytes:
+            moving += cached_bytes / self.cache_bytes_per_second
         doing = flops / self.elementwise_flops if self.elementwise_flops else 0.0
         return max(moving, doing) + self.launch_seconds
 
@@ -186,7 +188,7 @@ class Hardware:
         """
         rounded = [-(-n // self.tile) * self.tile for n in sizes]
         filled = math.prod(sizes) / math.prod(rounded)
-        return self.peak_flops * self._fraction(math.prod(rounded) ** (1 / len(sizes))) * filled
+        return self.peak_flops * self._fraction(len(rounded) / sum(1 / n for n in rounded)) * filled
 
     def _fraction(self, size: float) -> float:
         below = [r for r in self.matmul if r.size <= size]

@@ -32,7 +32,7 @@ from .lineage import Lineage
 from .network import Machine, show_axes
 from .origin import RECOMPUTE, Origin
 from .program import Block, Loop, Node, Op, Program, reads_of
-from .touched import touched_bytes
+from .touched import Moved, touched_bytes
 from .traffic import rows_of
 from .work import CONVOLUTION, ELEMENTWISE, MATMUL, copies_of, flops_of
 
@@ -150,13 +150,13 @@ def times_of(program: Program, machine: Machine, lineage: Lineage) -> Times:
     )
 
 
-def op_seconds(op: Op, touched: int, machine: Machine) -> tuple[str, float]:
+def op_seconds(op: Op, moved: Moved, machine: Machine) -> tuple[str, float]:
     """Which unit an operation keeps busy, and how long."""
     kind, flops = flops_of(op)
     hardware = machine.hardware
     if kind == ELEMENTWISE or not flops:
-        return HBM, hardware.pass_seconds(touched, flops)
-    moving = hardware.pass_seconds(touched, 0)
+        return HBM, hardware.pass_seconds(moved.memory_bytes, moved.cache_bytes, flops)
+    moving = hardware.pass_seconds(moved.memory_bytes, moved.cache_bytes, 0)
     compute = flops / hardware.matmul_flops(product_sizes(op)) + hardware.launch_seconds
     return (COMPUTE, compute) if compute >= moving else (HBM, moving)
 
@@ -210,7 +210,7 @@ class _Scheduler:
 
     def block(self, block: Block) -> tuple[float, tuple[Span, ...]]:
         """How long one run of a block takes, and its timeline: each unit takes what has been ready longest."""
-        touched = touched_bytes(block)
+        touched = touched_bytes(block, self.machine.hardware.cache_bytes)
         waits_for, feeds = _dependencies(block)
         ready = [0.0] * len(block.nodes)
         queue = [(0.0, i) for i, num in enumerate(waits_for) if not num]
@@ -242,13 +242,13 @@ class _Scheduler:
         path = self.machine.path(axes)
         return "slow" if path.slow else axes[0] if path.stretches else "switch"
 
-    def _span(self, node: Node, touched: dict[int, int]) -> Span:
+    def _span(self, node: Node, touched: dict[int, Moved]) -> Span:
         if isinstance(node, Op):
             rows = list(rows_of(node))
             if rows:
                 seconds = sum(map(self.machine.seconds, rows))
                 return Span(rows[0].kind, show_axes(rows[0].axes, self.machine.sizes), 0.0, seconds, 1, node.origin)
-            stream, seconds = op_seconds(node, touched.get(id(node), 0), self.machine)
+            stream, seconds = op_seconds(node, touched.get(id(node), Moved()), self.machine)
             return Span(node.name, stream, 0.0, seconds, 1, node.origin)
         if isinstance(node, Loop):
             self.sure &= node.length is not None

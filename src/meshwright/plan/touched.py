@@ -5,9 +5,14 @@ operations of a block that hand values to one another are one pass, which reads 
 writes each value that something outside reads; a reduction ends the pass that feeds it. Views (reshapes, casts,
 broadcasts, transposes) cost nothing: whoever reads one reads what it is a view of. A product reads its operands and
 writes its result. A slice reads and writes what it cuts out, an update in place what it puts in.
+
+A machine may have a cache. It holds what was read or written last: a value is found there when it, and all that was
+moved since, have room in it (an LRU cache; the distance is Mattson's, "Evaluation techniques for storage hierarchies",
+1970). What comes into a block and what leaves it goes through memory.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .primitives import BINARY, READING, UNARY
@@ -77,11 +82,59 @@ def passes_of(block: Block) -> Passes:
     return passes
 
 
-def touched_bytes(block: Block) -> dict[int, int]:
-    """For each operation of a block, by its id, the bytes that one run moves; nothing of its loops' bodies."""
+@dataclass(frozen=True)
+class Moved:
+    """The bytes that one run of an operation moves."""
+
+    memory_bytes: int = 0
+    cache_bytes: int = 0
+    """Of what a cache holds."""
+
+
+class _Cache:
+    """What a cache holds, as operation after operation runs."""
+
+    def __init__(self, room: int, leaving: frozenset[int]) -> None:
+        self.room, self.leaving = room, leaving
+        self.moved = 0
+        self.last: dict[int, int] = {}
+
+    def clear(self) -> None:
+        """A loop runs: what its turns move pushes everything out."""
+        self.moved += self.room
+
+    def move(self, read: Iterable[Value], written: Iterable[Value], passed_bytes: int = 0) -> Moved:
+        """Values are read, others written, and so many bytes of another one are passed through memory."""
+        found = [0, 0]
+        for v in read:
+            found[self._holds(v)] += v.num_bytes
+            self._touch(v)
+        for v in written:
+            found[v.num_bytes <= self.room and id(v) not in self.leaving] += v.num_bytes
+            self._touch(v)
+        self.moved += passed_bytes
+        return Moved(found[False] + passed_bytes, found[True])
+
+    def _holds(self, v: Value) -> bool:
+        return id(v) in self.last and self.moved - self.last[id(v)] + v.num_bytes <= self.room
+
+    def _touch(self, v: Value) -> None:
+        self.moved += v.num_bytes
+        self.last[id(v)] = self.moved
+
+
+def touched_bytes(block: Block, cache_bytes: int = 0) -> dict[int, Moved]:
+    """For each operation of a block, by its id, what one run moves; nothing of its loops' bodies."""
     passes = passes_of(block)
     read: dict[int, set[int]] = defaultdict(set)
-    return {id(op): _touched(op, passes, read) for op in block.nodes if isinstance(op, Op) and op.name not in VIEWS}
+    cache = _Cache(cache_bytes, frozenset(id(passes.source(v)) for v in block.outs))
+    found = {}
+    for node in block.nodes:
+        if not isinstance(node, Op):
+            cache.clear()
+        elif node.name not in VIEWS:
+            found[id(node)] = _touched(node, passes, read, cache)
+    return found
 
 
 def _readers(block: Block, passes: Passes) -> dict[int, set[int]]:
@@ -97,21 +150,21 @@ def _readers(block: Block, passes: Passes) -> dict[int, set[int]]:
     return found
 
 
-def _touched(op: Op, passes: Passes, read: dict[int, set[int]]) -> int:
+def _touched(op: Op, passes: Passes, read: dict[int, set[int]], cache: _Cache) -> Moved:
     if next(rows_of(op), None) is not None:
-        return 0
+        return Moved()
     if op.name in _CUTS:
-        return 2 * sum(v.num_bytes for v in op.outs)
-    if op.name in _PUTS:
-        put = op.ins[_PUTS[op.name]]
-        return 2 * put.num_bytes if put is not None else 0
+        return cache.move((), op.outs, passed_bytes=sum(v.num_bytes for v in op.outs))
     sources = {id(v): v for v in map(passes.source, op.ins) if v is not None}
+    if op.name in _PUTS:
+        put = passes.source(op.ins[_PUTS[op.name]])
+        return cache.move([put], (), passed_bytes=put.num_bytes) if put is not None else Moved()
     if id(op) not in passes.parent:
-        return sum(v.num_bytes for v in (*sources.values(), *op.outs))
+        return cache.move(sources.values(), op.outs)
     mine = passes.name(id(op))
     new = [v for i, v in sources.items() if i not in read[mine] and not _made_in(v, mine, passes)]
     read[mine].update(map(id, new))
-    return sum(v.num_bytes for v in new) + sum(v.num_bytes for v in op.outs if passes.readers[id(v)] - {mine})
+    return cache.move(new, [v for v in op.outs if passes.readers[id(v)] - {mine}])
 
 
 def _made_in(value: Value, mine: int, passes: Passes) -> bool:

@@ -4,7 +4,7 @@ It runs outside the region, on trees of whole tensors that are split alike: elem
 communication, and the global norm is one number. So the update is the same under every layout.
 
 Weight decay is for matrices: parameters with at least two dims besides ``layers``, by which layers are stacked. Norms'
-scales and biases are vectors, also when they are stacked.
+scales are vectors, also when they are stacked. What is called ``bias`` is no matrix, whatever its dims.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import optax
 from ..errors import fail
 from ..tensor import Tensor, is_tensor
 
-STACKED = "layers"
+STACKED, BIAS = "layers", "bias"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +90,10 @@ def update(optimizer: optax.GradientTransformation, gradient: Any, state: Any, p
 
 def decayed(params: Any) -> Any:
     """For each tensor whether it is a matrix: the mask of weight decay."""
-    return jax.tree.map(is_matrix, params, is_leaf=is_tensor)
+    return jax.tree_util.tree_map_with_path(_is_matrix, params, is_leaf=is_tensor)
 
 
-def is_matrix(x: Tensor) -> bool:
-    """Whether a parameter has at least two dims besides the one by which layers are stacked."""
-    return sum(name != STACKED for name in x.names) >= 2
+def _is_matrix(path: Any, x: Tensor) -> bool:
+    """Whether a parameter has at least two dims besides the one by which layers are stacked, and is no bias."""
+    last = jax.tree_util.keystr(path[-1:], simple=True)
+    return last != BIAS and sum(name != STACKED for name in x.names) >= 2
