@@ -7,9 +7,6 @@ For each layout the same step (forward, backward, AdamW, donated state) is built
 and twice by hand (``handwritten.py``): ``jax.jit`` with sharding constraints, and ``jax.shard_map``. The three run in
 turn, round after round, and what is printed are ratios to the better of the two by hand: the median step time, the
 temporary memory of the compiled program, and the time to trace and lower. The losses of all three are compared first.
-
-XLA's scheduler for concurrent CPU thunks is off unless ``XLA_FLAGS`` turns it on: when devices share cores it lets a
-collective wait on a thread that a matrix product needs, and the best program by hand is faster without it.
 """
 
 import argparse
@@ -35,7 +32,6 @@ import meshwright as mw
 from meshwright.models import Decoder, DecoderConfig
 from meshwright.nn import cross_entropy
 
-SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
 TENSOR = "heads:model, ff:model, vocab:model"
 Step = Callable[..., Any]
 
@@ -181,7 +177,6 @@ def main() -> None:
     parser.add_argument("--unroll", action="store_true", help="unroll the scan over layers, on every side")
     parser.add_argument("--only", help="the name of one layout")
     given = parser.parse_args()
-    os.environ["XLA_FLAGS"] = f"--{SCHEDULER}=false {os.environ.get('XLA_FLAGS', '')}"  # of two, the last one counts
     jax.config.update("jax_num_cpu_devices", given.devices)
     heads = max(4, given.devices)
     config = DecoderConfig(
