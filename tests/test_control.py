@@ -169,6 +169,11 @@ def test_a_custom_gradient_takes_arguments_by_name() -> None:
             np.testing.assert_allclose(jax.grad(call)(X_AB).array, expected * 10.0)
         with pytest.raises(TypeError, match="unexpected keyword argument 'scal'"):
             g(X_AB, scal=2.0)
+    for function in (lambda x, *, scale=2.0: x * scale, functools.partial(lambda x, scale: x * scale, scale=2.0)):
+        kept = mw.custom_jvp(function)
+        kept.defjvp(lambda primals, tangents: (primals[0] * 2.0, tangents[0] * 7.0))
+        assert jnp.array_equal(kept(X_AB).array, X_AB.array * 2.0)
+        np.testing.assert_allclose(jax.grad(lambda x, kept=kept: mw.sum(kept(x)))(X_AB).array, 7.0)
     alone = mw.custom_jvp(lambda x, *, scale: x * scale)
     alone.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
     with pytest.raises(TypeError, match="takes scale by keyword alone"):

@@ -245,7 +245,6 @@ def test_what_two_uses_of_a_parameter_give_is_added_before_it_is_summed() -> Non
     for layout, options, num in (
         ("batch:data", {}, 64 * 32),
         ("batch:(pod,data)", {"params": "embed:data"}, 64 * 32 // 4),
-        ("batch:(pod,data)", {"params": "embed:data", "gather": "step"}, 64 * 32 // 4),
     ):
         gradient = jax.grad(Way("pod=2,data=4", layout, options).region(loss))
         summed = [size for kind, size in communicated(gradient, table, ids) if kind == "all_reduce" and size >= num]

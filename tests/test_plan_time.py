@@ -300,7 +300,7 @@ def test_a_cache_holds_what_was_moved_last() -> None:
 
     small = 32 * 4
     assert moved(scaled, 0) == (3 * n + 2 * small, 0)
-    assert moved(scaled, n // 2) == (3 * n + small, small)  # the sums are written there, and pushed out by x
+    assert moved(scaled, n // 2) == (3 * n + 2 * small, 0)  # x has no room, and pushes the sums out
     assert moved(scaled, 2 * n) == (2 * n, n + 2 * small)  # what comes in and what leaves goes through memory
     assert FLAT.pass_seconds(10**9, 0, 0) == pytest.approx(1e-21)
     cached = Hardware(**{**vars(FLAT), "hbm_bytes_per_second": 1e9, "cache_bytes_per_second": 4e9})

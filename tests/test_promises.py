@@ -10,6 +10,7 @@ backward.
 """
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -232,10 +233,40 @@ def test_integer_sums_that_wrap_round_stay_sums() -> None:
 
 def test_a_sum_is_taken_before_a_number_makes_infinities_of_it() -> None:
     """Infinities of either sign among the addends would add up to NaN."""
-    over = ways(("x=2", "ff:x"), ("x=2,y=4", "ff:(x,y)"), partitioners=("names",))
-    agree(
-        lambda x, v: (_dot(x, v) * float("inf"), _dot(x, v) / 0.0, -np.inf * _dot(x, v)), X, V, over=over, grads=False
-    )
+    numbers = (float("inf"), -np.inf, jnp.float32(jnp.inf))
+
+    def program(x: Any, v: Any) -> Any:
+        divided = [_dot(x, v) / zero for zero in (0.0, 1e-46, jnp.zeros(()))]
+        return [(by * _dot(x, v)).rename(embed="part") for by in numbers], divided
+
+    over = ways(("x=2", "ff:x"), ("x=2,y=4", "ff:(x,y)"), ("x=2", "ff:x, part:x"), partitioners=("names",))
+    agree(program, X, V, over=over, grads=False)
+    assert (X * 10**30).dtype == jnp.float32
+
+
+USES: dict[str, Callable[..., Any]] = {
+    "take": lambda w, x, ids: mw.mean(mw.take(w, ids, "vocab") * x),
+    "sort": lambda w, x, ids: mw.sum(mw.sort(w, "vocab") ** 2),
+    "dot": lambda w, x, ids: mw.mean(mw.dot(x, w, over="embed") ** 2),
+    "inner gradient": lambda w, x, ids: mw.sum(
+        jax.grad(lambda w: mw.mean(mw.take(w, ids, "vocab") * x) + mw.sum(mw.sort(w, "vocab") ** 2) * mw.mean(x))(w)
+        ** 2
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "pair", [*itertools.permutations(["take", "sort", "dot"], 2), ("inner gradient", "take")], ids="+".join
+)
+def test_uses_of_one_parameter_do_not_see_one_another(pair: tuple[str, str]) -> None:
+    """What one use makes of a parameter is shared with the next only where that wants the same."""
+    vocab, embed, batch = mw.dims(vocab=8, embed=8, batch=16)
+    w, x = tensor(vocab, embed, role="parameter"), tensor(batch, embed, seed=1)
+    ids = Tensor(np.arange(16) * 3 % 8, (batch,))
+    options = [{"params": "embed:data"}, {"params": "embed:data", "gather": "step"}]
+    meshes = ("pod=2,data=2", "batch:pod"), ("pod=2,data=2,model=2", "batch:(pod,data), vocab:model")
+    over = [way for each in options for way in ways(*meshes, partitioners=("names",), **each)]
+    agree(lambda w, x, ids: [USES[name](w, x, ids) for name in pair], w, x, ids, over=over)
 
 
 # What is sent

@@ -273,6 +273,7 @@ def test_weight_decay_shrinks_matrices_alone() -> None:
         "matrix": mw.param(mw.Tensor(jnp.ones((2, 3)), "embed ff")),
         "stacked scale": mw.param(mw.Tensor(jnp.ones((2, 3)), "layers embed")),
         "bias": mw.param(mw.Tensor(jnp.ones((2, 3)), "heads head_dim")),
+        "norm": {"scale": mw.param(mw.Tensor(jnp.ones((2, 3)), "heads head_dim"))},
     }
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.2), 10)
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -280,6 +281,7 @@ def test_weight_decay_shrinks_matrices_alone() -> None:
     np.testing.assert_allclose(new["matrix"].array, 1 - 0.5 * 0.2, rtol=1e-6)
     np.testing.assert_array_equal(new["stacked scale"].array, 1)
     np.testing.assert_array_equal(new["bias"].array, 1)
+    np.testing.assert_array_equal(new["norm"]["scale"].array, 1)
 
 
 @pytest.mark.parametrize(

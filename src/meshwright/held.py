@@ -26,7 +26,7 @@ class Cell:
         self.raw = raw
         self.derived: dict[Any, Any] = {}
         self.shared: Callable[[], Any] | None = None
-        self.came: Any = None  # of an argument of the region: the slice that came in, as it lies at rest
+        self.came = False  # whether it came into the region, as an argument
         with take_current_trace() as trace:
             self.trace = trace
 

@@ -27,11 +27,11 @@ from . import collectives
 from .dims import Dims
 from .errors import at_user_line, fail, fail_type, nearest
 from .held import gathered
-from .home import check_home, check_names
+from .here import check_here, check_names
 from .layout import Layout
 from .mesh import Mesh
 from .scope import Scope, Split, current, entered
-from .tensor import ACTIVATION, PARAMETER, Role, Tensor, came_in, is_tensor, make
+from .tensor import ACTIVATION, PARAMETER, Role, Tensor, is_tensor, make
 
 PARTITIONERS = ("names", "xla")
 
@@ -204,11 +204,9 @@ class Region:
             return make(array, inlet.dims, role=inlet.role)
         if self.layout.gather == "step" and any(inlet.rest):
             copies = tuple(a for axes in inlet.rest for a in axes)
-            whole = gathered(array, inlet.rest, frozenset(copies), self.scope)
-            x = make(whole, inlet.dims, role=inlet.role, copies=copies, home=inlet.rest)
-        else:
-            x = make(array, inlet.dims, role=inlet.role, rest=inlet.rest)
-        return came_in(x, array)
+            array = gathered(array, inlet.rest, frozenset(copies), self.scope)
+            return make(array, inlet.dims, role=inlet.role, copies=copies, home=inlet.rest)
+        return make(array, inlet.dims, role=inlet.role, rest=inlet.rest, came=True)
 
     def _leave(self, x: Any) -> tuple[Any, PartitionSpec]:
         """An output's slice and its spec. A parameter leaves as it lies at rest."""
@@ -216,7 +214,7 @@ class Region:
             _check_output(x)
             self._check_equal(x)
             return x, PartitionSpec()
-        check_home(x, "spmd: an output")
+        check_here(x, "spmd: an output")
         rest = self.layout.at_rest(self.scope, x.dims, x.role)
         if x.role == PARAMETER and x.rest == rest:
             return x.raw, self._spec(x.dims, rest)

@@ -154,12 +154,18 @@ class Tensor:
         key = ("merged", self.partial, self.rest, self.copies, want, runs)
         return self._cell.once(key, lambda: merge_runs(array, runs))
 
+    @property
+    def came(self) -> bool:
+        """Whether this is an argument of the region as it came in."""
+        return self.scope is not None and self._cell.came
+
     def at_use(self, want: frozenset[str]) -> Any:
         """The slice held by a parameter that each use makes whole for itself. What came into the region varies over the
-        use's other axes once for all uses: their gradients are added up before they are summed over devices."""
+        use's other axes once for all uses: their gradients are added up before they are summed over devices. (What is
+        made of it, a cast one too, is summed by itself.)"""
         sums = self.scope.sums if self.scope else None
         beyond = want.difference(a for axes in self.rest or () for a in axes)
-        if self._cell.came is None or not beyond:
+        if not self.came or not beyond:
             return self.raw
         return self._cell.once(("use", beyond), lambda: collectives.vary(self.raw, beyond, sums))
 
@@ -175,8 +181,6 @@ class Tensor:
         """This device's slice, as it lies at rest, of a parameter that was gathered once a step."""
         assert self.scope is not None and self.home is not None
         scope, home = self.scope, self.home
-        if self._cell.came is not None:
-            return self._cell.came
         return self._cell.once(("home", home), lambda: slice_own(self.raw, scope, home))
 
     def share_sum(self, x: "Tensor", function: Callable[[Any], Any]) -> None:
@@ -206,14 +210,7 @@ class Tensor:
     def _kept(self, want: frozenset[str]) -> Any:
         """The slice with its promises kept: first the sum, on what is held, then the gather, then one value."""
         held = summed = self.summed()
-        used, beyond = _NOTHING, want.difference(self.copies)
-        if self.copies and self._cell.came is not None and beyond:
-            # Gathered once a step: gradients are scattered first, then summed over the use's other axes.
-            scope, came, home, copies = self.scope, self._cell.came, self.home, frozenset(self.copies)
-            sums = scope.sums if scope else None
-            held = self._cell.once(
-                ("step", beyond), lambda: gathered(collectives.vary(came, beyond, sums), home, copies, scope)
-            )
+        used = _NOTHING
         if self.rest is not None:
             used = frozenset(a for axes in self.rest for a in axes) & want
             held = self._cell.once(
@@ -496,13 +493,14 @@ def _set(
 
 
 def make(
-    raw: Any, these: Dims, *, asked: str = "A tensor", role: Role = ACTIVATION,
+    raw: Any, these: Dims, *, asked: str = "A tensor", role: Role = ACTIVATION, came: bool = False,
     rest: Split | None = None, partial: Axes = (), copies: Axes = (), home: Split | None = None,
 ) -> Any:  # fmt: skip
     """What an operation returns: a tensor around a device's slice (or a whole array), or a plain scalar.
 
     Without dims the promised sums are taken at once. ``rest`` says over which axes each dim is split beyond its
-    compute rule, ``partial`` over which axes the sum is still to be taken, ``copies`` as in the module's text.
+    compute rule, ``partial`` over which axes the sum is still to be taken, ``copies`` as in the module's text; ``came``
+    marks an argument of the region.
     """
     scope = current()
     if scope is None or not scope.manual:
@@ -521,13 +519,8 @@ def make(
     if rest is not None and not any(rest):
         rest = None
     _set(t, Cell(raw), these, role, scope, rest, partial, copies, home if copies else None)
+    t._cell.came = came
     return t
-
-
-def came_in(x: Tensor, array: Any) -> Tensor:
-    """Mark a tensor as an argument of the region, which came in as this slice."""
-    x._cell.came = array
-    return x
 
 
 def told(these: Dims) -> AbstractContextManager[None]:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.scipy import special
 
 from ..dims import Dims, show, union
@@ -174,10 +175,18 @@ def _scaled(function: Callable[..., Any], asked: str, both: bool) -> Callable[..
 
 def _scales(x: Tensor, by: Any, divides: bool) -> bool:
     """Whether addends can be scaled before their sum. Integers cannot: a sum that wraps round is no longer linear. Nor
-    can they by a number that makes infinities of them, which add up to NaN."""
-    known = isinstance(by, bool | int | float | complex | np.generic)
-    infinite = known and (not np.isfinite(by) or (divides and by == 0))
-    return bool(x.pending) and jnp.issubdtype(x.dtype, jnp.inexact) and not infinite
+    can they by a number that makes infinities of them, which add up to NaN; of a traced one that is not known."""
+    if not x.pending or not jnp.issubdtype(x.dtype, jnp.inexact):
+        return False
+    if isinstance(by, Tracer):
+        return True
+    number = np.asarray(by)
+    try:
+        with np.errstate(over="ignore"):
+            number = number if np.iscomplexobj(number) else number.astype(x.dtype)
+    except OverflowError:  # a Python integer beyond all floats
+        return False
+    return bool(np.isfinite(number)) and not (divides and number == 0)
 
 
 add = operator("add")(lift(jnp.add, linear=True))

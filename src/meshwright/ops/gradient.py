@@ -92,12 +92,14 @@ def _by_position(function: Callable[..., Any], args: Sequence[Any], kwargs: dict
     """The arguments in order, defaults among them, as the rules are given them."""
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)
+    except ValueError:  # a function of another language: nothing is known of its arguments
+        return tuple(args)
     except TypeError as error:
         raise fail_type(f"{getattr(function, '__name__', 'a custom gradient')}: {error}.") from None
-    bound.apply_defaults()
     if bound.kwargs:
         names = ", ".join(bound.kwargs)
         raise fail_type(f"a custom gradient's function takes {names} by keyword alone: its rules cannot be given that.")
+    bound.apply_defaults()
     return bound.args
 
 

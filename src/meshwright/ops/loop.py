@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from .. import collectives
 from ..dims import Dim, find, show
 from ..errors import fail, fail_type
-from ..home import check_home
+from ..here import check_here
 from ..scope import current_manual
 from ..tensor import PARAMETER, Tensor, is_tensor, make
 from .lowering import axes_of, is_scalar
@@ -130,7 +130,7 @@ def _leading(x: Any, d: Dim, where: str) -> tuple[Any, Held]:
                 f"{where}: an array's first axis must be as long as {d.name}={d.size}; its shape is {jnp.shape(x)}."
             )
         return x, Held(None)
-    check_home(x, where)
+    check_here(x, where)
     at = x.position(d.name, where)
     if x.dims[at] != d:
         raise fail(f"{where}: the dim {d.name!r} has size {x.dims[at].size}, the scan runs over {d.size}.")

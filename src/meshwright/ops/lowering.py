@@ -17,7 +17,7 @@ from jax.extend import source_info_util
 from .. import collectives
 from ..dims import Dim, Dims, Names, as_names, index_of, names_of, show
 from ..errors import fail_type
-from ..home import check_home
+from ..here import check_here
 from ..scope import Axes, Scope, Split, current_manual, mapped_axes
 from ..tensor import PARAMETER, Tensor
 
@@ -32,7 +32,7 @@ def is_scalar(x: Any) -> bool:
 def check_operand(x: Any, asked: str, scalars: bool = True) -> None:
     """Raise unless ``x`` is a tensor at home here, or, where allowed, a scalar."""
     if isinstance(x, Tensor):
-        check_home(x, asked)
+        check_here(x, asked)
     elif not (scalars and is_scalar(x)):
         kind = f"an array of shape {tuple(x.shape)}" if isinstance(x, jax.Array | np.ndarray) else type(x).__name__
         also = " or a scalar" if scalars else ""
@@ -95,9 +95,10 @@ def run(
 ) -> Any:
     """``function`` of the tensors' local arrays.
 
-    Where a parameter has to be gathered, or made to vary, for this use, that is done again in the backward pass: what
-    is kept for it is the parameter as it rests, and the other operands. ``again`` asks for it where nothing is gathered
-    too: for a function that rearranges a parameter before a product, the rearranged one is then not kept beside it.
+    Where a parameter has to be gathered for this use (or made to vary, unless it came into the region as it is), that
+    is done again in the backward pass: what is kept for it is the parameter as it rests, and the other operands.
+    ``again`` asks for it where nothing is gathered too: for a function that rearranges a parameter before a product,
+    the rearranged one is then not kept beside it.
     ``linear``: the gradient needs no value of a parameter, so nothing of one is kept and nothing done again.
     Inside a rematerialised function all of this is done again as it is.
     ``runs`` asks for the other operands with runs of dims merged (``Tensor.merged``).
@@ -129,7 +130,7 @@ def _as_it_rests(x: Tensor, want: frozenset[str]) -> bool:
     """Whether the parameter is passed on as it rests. A vector is not: keeping it costs less than gathering it."""
     if x.role != PARAMETER or x.scope is None or x.copies or x.ndim == 1:
         return False
-    return x.rest is not None or not want <= collectives.varies_over(x.at_use(want))
+    return x.rest is not None or not (x.came or want <= collectives.varies_over(x.raw))
 
 
 def copied(tensors: Sequence[Tensor], want: frozenset[str]) -> Axes:

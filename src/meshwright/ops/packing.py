@@ -15,7 +15,7 @@ from .. import collectives
 from ..dims import Dims, names_of, show
 from ..errors import fail, fail_type
 from ..held import slice_own
-from ..home import check_home
+from ..here import check_here
 from ..scope import Axes, Split, current_manual, mapped_axes
 from ..tensor import PARAMETER, Role, Tensor, is_tensor, make
 
@@ -46,7 +46,7 @@ class Held:
                 f"{asked}: ({show(x.dims)}) went in as {self.dtype} and came back as {x.dtype}. What is handed on "
                 f"keeps its dtype: write .astype('{self.dtype}') where it comes back, or begin with {x.dtype}."
             )
-        check_home(x, asked)
+        check_here(x, asked)
         x = x.reorder(*names_of(self.dims))
         scope = current_manual()
         if scope is None:

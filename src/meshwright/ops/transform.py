@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from .. import collectives
 from ..dims import Dim, Dims, Names, as_dims, as_names, find, index_of, show, sizes_of, union, without
 from ..errors import fail, fail_type, nearest
-from ..home import check_home
+from ..here import check_here
 from ..scope import current_manual, mapping
 from ..tensor import ACTIVATION, PARAMETER, Tensor, is_tensor, make
 from .lowering import align, check_operand, doing_again, run, split_of, wanted
@@ -159,7 +159,7 @@ def _taken(x: Any, d: Dim) -> tuple[Any, int | None, Callable[[Any], Any]]:
     """An argument's array, the position to map over, and what makes the function's view of it."""
     if not isinstance(x, Tensor):
         return x, None, lambda a: a
-    check_home(x, "vmap")
+    check_here(x, "vmap")
     form = held_as(x)
     if d.name not in x.names:
         return x.raw if x.role == PARAMETER else x.array, None, lambda a: form.pack(a, "vmap")

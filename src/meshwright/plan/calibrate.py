@@ -9,8 +9,8 @@ bytes a second that a device sends. All devices work at once, each group of an a
 program: virtual devices share cores, and real ones share links.
 
 A measurement is one compiled program that does the same many times, so that the cost of starting it is not counted: on
-arrays that it has not touched for long, as a step finds its weights and gradients, or, for what a cache holds and for
-the least of an operation, on one array again and again. The median of several runs is taken.
+one array after the other, as a step finds its weights and gradients (MOST_ARRAYS or PASS_BYTES of them), or, for what a
+cache holds and for the least of an operation, on one array again and again. The median of several runs is taken.
 """
 
 import functools
@@ -39,7 +39,7 @@ MATMUL_SIZES = (64, 128, 256, 512, 1024)
 PAYLOADS = (4 * 1024, 256 * 1024, 4 * 1024 * 1024)
 """Bytes of the buffers that collectives are measured with."""
 PASS_BYTES, CACHED_BYTES = 32 * 1024 * 1024, 256 * 1024
-"""Of arrays that together reach memory, and of one that stays in a cache."""
+"""Of arrays that together reach memory, and of the smallest one that is looked for in a cache."""
 MOST_ARRAYS, LEAST_ARRAYS = 32, 4
 """How many arrays a measurement goes through."""
 NUM_RUNS = 5
@@ -70,6 +70,8 @@ def calibrate(mesh: Mesh | None = None, path: str | Path | None = None) -> Hardw
     dtype: Any = jnp.bfloat16 if wide else jnp.float32
     rates = {size * (4 if wide else 1): _matmul(everyone, size * (4 if wide else 1), dtype) for size in MATMUL_SIZES}
     launch = _seconds(everyone, lambda x: x @ x, jnp.zeros((8, 8), dtype))
+    memory = _bandwidth(everyone)
+    room, cached = _cache(everyone, memory, launch)
     known = Hardware.of_kind(first.device_kind)
     peak = max(rates.values())
     profile = Hardware(
@@ -78,9 +80,9 @@ def calibrate(mesh: Mesh | None = None, path: str | Path | None = None) -> Hardw
         platform=first.platform,
         peak_flops=peak,
         hbm_bytes=known.hbm_bytes if known is not None else 0,
-        hbm_bytes_per_second=_bandwidth(everyone),
-        cache_bytes=math.isqrt(4 * PASS_BYTES * CACHED_BYTES),
-        cache_bytes_per_second=_cached_bandwidth(everyone),
+        hbm_bytes_per_second=memory,
+        cache_bytes=room,
+        cache_bytes_per_second=cached,
         elementwise_flops=_elementwise(everyone),
         network="measured",
         matmul=tuple(Rate(size=size, fraction=rate / peak) for size, rate in rates.items()),
@@ -105,9 +107,17 @@ def _bandwidth(mesh: Mesh) -> float:
     return 2 * size / _seconds_through(mesh, _pass, (size // 4,))
 
 
-def _cached_bandwidth(mesh: Mesh) -> float:
-    """The same within a cache."""
-    return 2 * CACHED_BYTES / _seconds(mesh, _pass, jnp.zeros(CACHED_BYTES // 4, jnp.float32))
+def _cache(mesh: Mesh, memory: float, launch: float) -> tuple[int, float]:
+    """The room in a cache, and the bytes a second that each device reads and writes of what it holds; zeros where that
+    is no faster than ``memory``."""
+    rates = {}
+    for size in (CACHED_BYTES * 2**i for i in range(6)):
+        seconds = _seconds(mesh, _pass, jnp.zeros(size // 4, jnp.float32))
+        rates[size] = 2 * size / max(seconds - launch, seconds / 10)
+    best = max(rates.values())
+    if best < 2 * memory:
+        return 0, 0.0
+    return max(size for size, rate in rates.items() if rate > math.sqrt(best * memory)), best
 
 
 def _pass(x: jax.Array) -> jax.Array:
@@ -190,12 +200,11 @@ def _seconds_through(mesh: Mesh, body: Body, shape: tuple[int, ...], dtype: Any 
     x = jnp.zeros(shape, dtype)
     num = max(LEAST_ARRAYS, min(MOST_ARRAYS, PASS_BYTES // x.nbytes))
 
-    def program(*given: jax.Array) -> list[jax.Array]:
-        made: list[jax.Array] = []
-        for x in given:
-            if made:  # one at a time: a compiler would join small collectives
-                x, _ = jax.lax.optimization_barrier((x, made[-1]))
-            made.append(body(x))
+    def program(*given: jax.Array) -> jax.Array:
+        made = body(given[0])
+        for x in given[1:]:  # one at a time: a compiler would join small collectives
+            x, _ = jax.lax.optimization_barrier((x, made))
+            made = body(x)
         return made
 
     return _median(mesh, program, [x] * num) / num

@@ -117,6 +117,8 @@ class Hardware:
             raise fail(f"hardware {self.name!r}: wraps is {self.wraps!r}. Write 'at 16' or 'multiples of 4'.")
         if not self.matmul or min(self.peak_flops, self.hbm_bytes_per_second) <= 0:
             raise fail(f"hardware {self.name!r}: peak_flops, hbm_bytes_per_second and matmul must be positive.")
+        if self.cache_bytes and self.cache_bytes_per_second <= 0:
+            raise fail(f"hardware {self.name!r}: there is a cache, so cache_bytes_per_second must be positive.")
         self._check_network()
 
     def _check_network(self) -> None:

@@ -1,8 +1,8 @@
 """Time: how long a program takes on a machine, and what it waits for.
 
 Each operation has a cost. A product of matrices takes the longer of its arithmetic, at the rate that its size reaches,
-and of its way through memory; everything else takes its way through memory (``touched.py``). A collective takes what
-its network says (``network.py``).
+and of its way through memory; everything else takes its way through memory, or through a cache (``touched.py``). A
+collective takes what its network says (``network.py``).
 
 A device has one unit that computes and ports to its networks: on a torus one for each axis (a group along several uses
 that of the first), else one for the switch and one for the slow network. Each takes what has been ready longest, so

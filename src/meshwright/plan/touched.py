@@ -6,9 +6,9 @@ writes each value that something outside reads; a reduction ends the pass that f
 broadcasts, transposes) cost nothing: whoever reads one reads what it is a view of. A product reads its operands and
 writes its result. A slice reads and writes what it cuts out, an update in place what it puts in.
 
-A machine may have a cache. It holds what was read or written last: a value is found there when it, and all that was
-moved since, have room in it (an LRU cache; the distance is Mattson's, "Evaluation techniques for storage hierarchies",
-1970). What comes into a block and what leaves it goes through memory.
+A machine may have a cache. It holds the values that were read or written last, as far as they have room in it; one that
+is larger pushes everything out. What is written costs no way through memory where it is read while the cache holds it.
+What comes into a block and what leaves it goes through memory, and a loop leaves nothing in the cache.
 """
 
 from collections import defaultdict
@@ -92,35 +92,43 @@ class Moved:
 
 
 class _Cache:
-    """What a cache holds, as operation after operation runs."""
+    """What a cache holds, as operation after operation runs, the value touched last at the end."""
 
     def __init__(self, room: int, leaving: frozenset[int]) -> None:
         self.room, self.leaving = room, leaving
-        self.moved = 0
-        self.last: dict[int, int] = {}
+        self.held: dict[int, int] = {}
+        self.full = 0
+        self.writer: dict[int, int] = {}
+        self.moved: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        """For each operation, the bytes that go through memory, and those that do not."""
+
+    def run(self, op: Op, read: Iterable[Value], written: Iterable[Value], passed_bytes: int = 0) -> None:
+        """An operation reads values and writes others, and moves so many bytes of a further one through memory."""
+        mine = self.moved[id(op)]
+        mine[0] += passed_bytes
+        for v in read:
+            found = id(v) in self.held
+            mine[found] += v.num_bytes
+            writer = self.writer.pop(id(v), None)
+            if found and writer is not None:
+                self.moved[writer][0] -= v.num_bytes
+                self.moved[writer][1] += v.num_bytes
+            self.touch(v)
+        for v in written:
+            mine[0] += v.num_bytes
+            self.touch(v)
+            if id(v) not in self.leaving:
+                self.writer[id(v)] = id(op)
+
+    def touch(self, v: Value) -> None:
+        self.full += v.num_bytes - self.held.pop(id(v), 0)
+        self.held[id(v)] = v.num_bytes
+        while self.full > self.room:
+            self.full -= self.held.pop(next(iter(self.held)))
 
     def clear(self) -> None:
-        """A loop runs: what its turns move pushes everything out."""
-        self.moved += self.room
-
-    def move(self, read: Iterable[Value], written: Iterable[Value], passed_bytes: int = 0) -> Moved:
-        """Values are read, others written, and so many bytes of another one are passed through memory."""
-        found = [0, 0]
-        for v in read:
-            found[self._holds(v)] += v.num_bytes
-            self._touch(v)
-        for v in written:
-            found[v.num_bytes <= self.room and id(v) not in self.leaving] += v.num_bytes
-            self._touch(v)
-        self.moved += passed_bytes
-        return Moved(found[False] + passed_bytes, found[True])
-
-    def _holds(self, v: Value) -> bool:
-        return id(v) in self.last and self.moved - self.last[id(v)] + v.num_bytes <= self.room
-
-    def _touch(self, v: Value) -> None:
-        self.moved += v.num_bytes
-        self.last[id(v)] = self.moved
+        self.held.clear()
+        self.full = 0
 
 
 def touched_bytes(block: Block, cache_bytes: int = 0) -> dict[int, Moved]:
@@ -128,13 +136,12 @@ def touched_bytes(block: Block, cache_bytes: int = 0) -> dict[int, Moved]:
     passes = passes_of(block)
     read: dict[int, set[int]] = defaultdict(set)
     cache = _Cache(cache_bytes, frozenset(id(passes.source(v)) for v in block.outs))
-    found = {}
     for node in block.nodes:
         if not isinstance(node, Op):
             cache.clear()
         elif node.name not in VIEWS:
-            found[id(node)] = _touched(node, passes, read, cache)
-    return found
+            _touch(node, passes, read, cache)
+    return {op: Moved(*parts) for op, parts in cache.moved.items()}
 
 
 def _readers(block: Block, passes: Passes) -> dict[int, set[int]]:
@@ -150,21 +157,24 @@ def _readers(block: Block, passes: Passes) -> dict[int, set[int]]:
     return found
 
 
-def _touched(op: Op, passes: Passes, read: dict[int, set[int]], cache: _Cache) -> Moved:
-    if next(rows_of(op), None) is not None:
-        return Moved()
-    if op.name in _CUTS:
-        return cache.move((), op.outs, passed_bytes=sum(v.num_bytes for v in op.outs))
+def _touch(op: Op, passes: Passes, read: dict[int, set[int]], cache: _Cache) -> None:
     sources = {id(v): v for v in map(passes.source, op.ins) if v is not None}
-    if op.name in _PUTS:
+    if next(rows_of(op), None) is not None:  # a collective: its network says how long it takes
+        for v in (*sources.values(), *op.outs):
+            cache.touch(v)
+    elif op.name in _CUTS:
+        cache.run(op, (), op.outs, passed_bytes=sum(v.num_bytes for v in op.outs))
+    elif op.name in _PUTS:
         put = passes.source(op.ins[_PUTS[op.name]])
-        return cache.move([put], (), passed_bytes=put.num_bytes) if put is not None else Moved()
-    if id(op) not in passes.parent:
-        return cache.move(sources.values(), op.outs)
-    mine = passes.name(id(op))
-    new = [v for i, v in sources.items() if i not in read[mine] and not _made_in(v, mine, passes)]
-    read[mine].update(map(id, new))
-    return cache.move(new, [v for v in op.outs if passes.readers[id(v)] - {mine}])
+        if put is not None:
+            cache.run(op, [put], (), passed_bytes=put.num_bytes)
+    elif id(op) not in passes.parent:
+        cache.run(op, sources.values(), op.outs)
+    else:
+        mine = passes.name(id(op))
+        new = [v for i, v in sources.items() if i not in read[mine] and not _made_in(v, mine, passes)]
+        read[mine].update(map(id, new))
+        cache.run(op, new, [v for v in op.outs if passes.readers[id(v)] - {mine}])
 
 
 def _made_in(value: Value, mine: int, passes: Passes) -> bool:

@@ -3,8 +3,8 @@
 It runs outside the region, on trees of whole tensors that are split alike: elementwise updates of those need no
 communication, and the global norm is one number. So the update is the same under every layout.
 
-Weight decay is for matrices: parameters with at least two dims besides ``layers``, by which layers are stacked. Norms'
-scales are vectors, also when they are stacked. What is called ``bias`` is no matrix, whatever its dims.
+Weight decay is for matrices: parameters with at least two dims besides ``layers``, by which layers are stacked. What is
+called ``bias``, ``scale`` or ``shift`` is none, whatever its dims.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ import optax
 from ..errors import fail
 from ..tensor import Tensor, is_tensor
 
-STACKED, BIAS = "layers", "bias"
+STACKED = "layers"
+VECTORS = ("bias", "scale", "shift")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,6 @@ def decayed(params: Any) -> Any:
 
 
 def _is_matrix(path: Any, x: Tensor) -> bool:
-    """Whether a parameter has at least two dims besides the one by which layers are stacked, and is no bias."""
+    """Whether a parameter has two dims besides the one by which layers are stacked, and is not called a vector."""
     last = jax.tree_util.keystr(path[-1:], simple=True)
-    return last != BIAS and sum(name != STACKED for name in x.names) >= 2
+    return last not in VECTORS and sum(name != STACKED for name in x.names) >= 2

@@ -1,4 +1,4 @@
-"""Home: whether a tensor is used where it was made.
+"""Here: whether a tensor is used where it was made.
 
 A tensor of a region is one device's slice, which means nothing outside; a whole tensor means nothing inside. Every
 operation asks here first, so that what would come out wrong is an error that says what to write instead.
@@ -12,7 +12,7 @@ from .scope import Scope, current_manual
 from .tensor import Tensor
 
 
-def check_home(x: Tensor, asked: str) -> None:
+def check_here(x: Tensor, asked: str) -> None:
     """Raise a ``ValueError`` when ``x`` comes from another region than the one it is used in, or lost its names."""
     here = current_manual()
     if x.scope is here or x.scope == here:
