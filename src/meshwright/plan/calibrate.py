@@ -102,9 +102,10 @@ def _matmul(mesh: Mesh, size: int, dtype: Any) -> float:
 
 
 def _bandwidth(mesh: Mesh) -> float:
-    """Bytes a second that each device reads and writes in an elementwise pass over memory."""
-    size = PASS_BYTES // MOST_ARRAYS
-    return 2 * size / _seconds_through(mesh, _pass, (size // 4,))
+    """Bytes a second that each device reads and writes in an elementwise pass over memory, each array in place."""
+    x = jnp.zeros(PASS_BYTES // MOST_ARRAYS // 4, jnp.float32)
+    seconds = _median(mesh, lambda *given: [_pass(x) for x in given], [x] * MOST_ARRAYS, in_place=True)
+    return 2 * MOST_ARRAYS * x.nbytes / seconds
 
 
 def _cache(mesh: Mesh, memory: float, launch: float) -> tuple[int, float]:
@@ -200,18 +201,21 @@ def _seconds_through(mesh: Mesh, body: Body, shape: tuple[int, ...], dtype: Any 
     x = jnp.zeros(shape, dtype)
     num = max(LEAST_ARRAYS, min(MOST_ARRAYS, PASS_BYTES // x.nbytes))
 
-    def program(*given: jax.Array) -> jax.Array:
-        made = body(given[0])
-        for x in given[1:]:  # one at a time: a compiler would join small collectives
+    def program(*given: jax.Array) -> list[jax.Array]:
+        """One element of each result. For the barriers a compiler makes all of it, and joins no small collectives."""
+        made, ends = given[0], []
+        for x in given:
             x, _ = jax.lax.optimization_barrier((x, made))
-            made = body(x)
-        return made
+            made = jax.lax.optimization_barrier(body(x))
+            ends.append(made.ravel()[-1:])
+        return ends
 
     return _median(mesh, program, [x] * num) / num
 
 
-def _median(mesh: Mesh, program: Callable[..., Any], given: Sequence[jax.Array]) -> float:
-    """The median time of a program of each device's slices."""
+def _median(mesh: Mesh, program: Callable[..., Any], given: Sequence[jax.Array], in_place: bool = False) -> float:
+    """The median time of a program of each device's slices; ``in_place``: it gives as many of the same shapes, which
+    take their places."""
     axes = tuple(mesh.axes)
     spec, every = PartitionSpec(axes), frozenset(axes)
 
@@ -224,11 +228,14 @@ def _median(mesh: Mesh, program: Callable[..., Any], given: Sequence[jax.Array])
         return jax.tree.map(lambda x: collectives.vary(x, every), made)
 
     arrays = [whole(x) for x in given]
-    compiled = jax.jit(jax.shard_map(region, mesh=mesh.jax_mesh, in_specs=spec, out_specs=spec))
-    jax.block_until_ready(compiled(*arrays))
+    compiled = jax.jit(
+        jax.shard_map(region, mesh=mesh.jax_mesh, in_specs=spec, out_specs=spec),
+        donate_argnums=tuple(range(len(given))) if in_place else (),
+    )
     taken = []
-    for _ in range(NUM_RUNS):
+    for _ in range(NUM_RUNS + 1):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*arrays))
+        made = jax.block_until_ready(compiled(*arrays))
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        arrays = made if in_place else arrays
+    return statistics.median(taken[1:])
