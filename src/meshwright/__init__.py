@@ -9,6 +9,7 @@ from .ops.along import flip as flip
 from .ops.along import pad as pad
 from .ops.along import roll as roll
 from .ops.along import shift as shift
+from .ops.attention import attention as attention
 from .ops.contract import dot as dot
 from .ops.contract import einsum as einsum
 from .ops.conv import conv as conv
