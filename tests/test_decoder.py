@@ -249,4 +249,10 @@ def test_what_two_uses_of_a_parameter_give_is_added_before_it_is_summed() -> Non
         gradient = jax.grad(Way("pod=2,data=4", layout, options).region(loss))
         summed = [size for kind, size in communicated(gradient, table, ids) if kind == "all_reduce" and size >= num]
         assert summed == [num], layout
+        (row,) = [
+            row
+            for row in mw.plan(gradient, table, ids).collectives
+            if row.payload_bytes == num * 4 and row.kind == "all_reduce"
+        ]
+        assert set(row.origin.dims) == {"vocab", "embed"}
         assert_same(gradient(table, ids), jax.grad(loss)(table, ids), layout)

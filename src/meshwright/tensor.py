@@ -167,7 +167,8 @@ class Tensor:
         beyond = want.difference(a for axes in self.rest or () for a in axes)
         if not self.came or not beyond:
             return self.raw
-        return self._cell.once(("use", beyond), lambda: collectives.vary(self.raw, beyond, sums))
+        with told(self.dims):
+            return self._cell.once(("use", beyond), lambda: collectives.vary(self.raw, beyond, sums))
 
     def for_use(self, raw: Any, want: frozenset[str]) -> Any:
         """What ``local`` gives for a parameter at rest whose slice held is ``raw``."""
