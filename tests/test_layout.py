@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import meshwright as mw
-from meshwright import Layout, Mesh, Tensor
+from meshwright import Dim, Layout, Mesh, Tensor
 from meshwright.explain import show_bytes
 from meshwright.tiles import show_ids
 
@@ -430,3 +430,32 @@ def test_explain_says_which_rule_at_rest_splits_nothing() -> None:
     assert Layout("", params="embd:data").explain({"x": x}, mesh).notes == ()
     of_state = Layout("", params="embed:data", optimizer="f:data").explain({"w": w}, mesh, role="optimizer")
     assert "for 'f' splits nothing: no tensor of the role 'optimizer'" in of_state.notes[0]
+
+
+# Names that inherit
+
+
+def test_a_name_lies_as_the_one_it_stands_for_unless_the_layout_speaks_of_it() -> None:
+    ring = dict(Layout("length:context, heads:model").splits())
+    assert ring["attention_length"] == ring["residual_length"] == ("context",) and ring["attention_heads"] == ("model",)
+    moved = dict(Layout("length:context, heads:model, attention_heads:(model,context)").splits())
+    assert moved["attention_length"] == () and moved["residual_length"] == ("context",)
+    experts = dict(Layout("batch:(data,expert), experts:expert").splits())
+    assert experts["routed_batch"] == ("data",)
+    assert dict(Layout("length:context, residual_length:()").splits())["residual_length"] == ()
+
+
+def test_like_gives_a_models_own_names_an_inheritance() -> None:
+    layout = Layout("length:(x,y), heads:y", like={"memory": "length - heads"})
+    assert dict(layout.splits())["memory"] == ("x",) and eval(repr(layout)) == layout
+    assert layout != Layout("length:(x,y), heads:y") and layout.replace(gather="step").like == layout.like
+    assert "like" in str(layout)
+    m = Dim("memory", 4)
+    where = layout.explain({"m": tensor(m)}, Mesh("x=2, y=2", jax.devices()[:4]))
+    assert "memory=4/x" in str(where)
+
+
+def test_inheritance_in_a_circle_is_refused() -> None:
+    assert "a -> b -> a" in refused(lambda: Layout("a:x", like="a:b, b:a"))
+    assert "in a circle" in refused(lambda: Layout("a:x", like="heads:attention_heads"))
+    assert "is not the name of a dim" in refused(lambda: Layout("a:x", like="a:b-"))

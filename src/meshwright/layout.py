@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from .dims import Dims, show
 from .errors import fail, fail_type, nearest
 from .explain import Explanation, explain
+from .inherit import LIKE, Inherited, inherited_text, read_inherited, resolved
 from .mesh import Mesh
 from .notation import Notation, check_known
 from .scope import Axes, Scope, Split
@@ -35,11 +36,12 @@ from .tensor import ACTIVATION, PARAMETER, Role
 OPTIMIZER = "optimizer"
 ROLES = (ACTIVATION, PARAMETER, OPTIMIZER)
 GATHERS = ("use", "step")
-OPTIONS = ("params", "optimizer", "gather", "strict", "sums")
+OPTIONS = ("params", "optimizer", "gather", "strict", "sums", "like")
 
 Pairs = tuple[tuple[str, Axes], ...]
 RulesLike = str | Mapping[str, Any] | Iterable[tuple[str, Any]] | None
 
+_LIKE = dict(read_inherited(LIKE))
 _NOTATION = Notation("Layout", "dim", "dim:axis or dim:(axis,axis)", ":", "batch:(pod,data), heads:model")
 
 
@@ -127,6 +129,9 @@ class Layout:
             once where it enters a region.
         strict: whether a rule whose dim a region never meets is an error; otherwise a warning.
         sums: the floating dtype in which sums across devices are taken ("float32"); None: the dtype of the operand.
+        like: names that lie as another does where ``rules`` do not speak of them: ``"memory_length:length"``, or
+            ``"memory_length:length-heads"`` for the axes of ``length`` less those of ``heads``. Added to those of this
+            package's models (``inherit.LIKE``).
 
     Raises:
         TypeError: an unknown option, or a value of the wrong type.
@@ -140,6 +145,7 @@ class Layout:
     gather: str
     strict: bool
     sums: str | None
+    like: tuple[tuple[str, Inherited], ...]
 
     def __init__(
         self,
@@ -150,6 +156,7 @@ class Layout:
         gather: str = "use",
         strict: bool = False,
         sums: Any = None,
+        like: Any = (),
         **unknown: Never,
     ) -> None:
         for option in unknown:
@@ -166,6 +173,7 @@ class Layout:
             "gather": gather,
             "strict": strict,
             "sums": _floating(sums) if sums is not None else None,
+            "like": read_inherited(like, _LIKE),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -179,7 +187,7 @@ class Layout:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.pairs, self.params, self.optimizer, self.gather, self.strict, self.sums))
+        return hash((self.pairs, self.params, self.optimizer, self.gather, self.strict, self.sums, self.like))
 
     def __hash__(self) -> int:
         return self._hash
@@ -203,6 +211,7 @@ class Layout:
             "gather": f'"{self.gather}"' if self.gather != "use" else "",
             "strict": "True" if self.strict else "",
             "sums": f'"{self.sums}"' if self.sums else "",
+            "like": f'"{inherited_text(self.like)}"' if self.like else "",
         }
         return ", ".join(f"{name}={value}" for name, value in written.items() if value)
 
@@ -216,6 +225,12 @@ class Layout:
         """Every axis that a rule of this layout speaks of."""
         compute = (axis for _, axes in self.pairs for axis in axes)
         return tuple(dict.fromkeys((*compute, *self.params.known_axes, *self.optimizer.known_axes)))
+
+    def splits(self) -> Pairs:
+        """The compute rules, and the axes of every name that inherits some."""
+        rules, inherited = self.rules, {**_LIKE, **dict(self.like)}
+        names = [*rules, *(name for name in inherited if name not in rules)]
+        return tuple((name, resolved(name, rules, inherited)) for name in names)
 
     def check(self, mesh: Mesh) -> None:
         """Hold the layout against a mesh.
@@ -280,6 +295,8 @@ class Layout:
         lines.append(("params", _rest_text(self.params, self.gather)))
         if self.optimizer != self.params:
             lines.append(("optimizer", _rest_text(self.optimizer, "")))
+        if self.like:
+            lines.append(("like", inherited_text(self.like)))
         if self.sums:
             lines.append(("sums", f"across devices in {self.sums}"))
         if self.strict:
@@ -293,7 +310,7 @@ def _scope(layout: Layout, mesh: Mesh, partitioner: str) -> Scope:
     """One for each layout and mesh: JAX's caches take regions of equal scopes for one, and so does what they met."""
     layout.check(mesh)
     sizes = mesh.axes
-    splits = ((name, tuple(a for a in axes if sizes[a] > 1)) for name, axes in layout.pairs)
+    splits = ((name, tuple(a for a in axes if sizes[a] > 1)) for name, axes in layout.splits())
     kept = tuple((name, axes) for name, axes in splits if axes)
     return Scope(mesh.jax_mesh, kept, tuple(sizes.items()), partitioner, layout.sums, layout.text)
 
