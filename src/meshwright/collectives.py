@@ -18,22 +18,56 @@ function            communicates           type of the result  in the backward p
 ==================  =====================  ==================  =====================
 
 ``axes`` is a tuple of axis names; several axes act as one long axis, the first the slowest.
+
+One axis is not of the mesh: ``TIME``, along which a device takes the microbatches of a batch one after the other. What
+is split over it is seen a microbatch at a time; sums along it are left to the end, when all have been seen, and nothing
+else can be had along it (``microbatches/``).
 """
 
 import functools
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import linear_call
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .errors import fail
+
 Array = jax.Array
 Axes = tuple[str, ...]
+
+TIME = "microbatches"
+"""The axis along which microbatches follow each other."""
+SUMMED = "meshwright.summed_over_microbatches"
+"""The name, in a trace, of values of which the microbatches' sum is meant."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """The microbatch that is being worked on."""
+
+    index: Any
+    """Which one: an int32 scalar."""
+    num: int
+    """How many there are."""
+    without_sums: bool = False
+    """Whether sums over microbatches are taken for nought: what is left of a result does not depend on the batch."""
+
+
+_turn = jax.make_user_context(None)
+
+
+def taking(turn: Turn) -> AbstractContextManager[None]:
+    """A context in which ``turn`` is the microbatch that is seen."""
+    return _turn(turn)  # type: ignore[no-any-return]
 
 
 def varies_over(x: Any) -> frozenset[str]:
@@ -49,24 +83,58 @@ def _ordered(axes: Sequence[str] | frozenset[str]) -> Axes:
 def vary(x: Array, axes: frozenset[str], sums: str | None = None) -> Array:
     """Let ``x`` vary over ``axes`` too. No data moves; the gradient is summed over the axes added, in ``sums`` if
     given."""
-    missing = axes - varies_over(x)
+    missing = axes - varies_over(x) - {TIME}
     return _in_dtype(lambda y: lax.pcast(y, _ordered(missing), to="varying"), x, sums) if missing else x
+
+
+def zeros_like(x: Array) -> Array:
+    """Zeros that vary as ``x`` does."""
+    return vary(jnp.zeros(x.shape, x.dtype), varies_over(x))
 
 
 def index(axes: Axes) -> Array:
     """This device's position along ``axes``: an int32 scalar."""
-    return lax.axis_index(axes[0] if len(axes) == 1 else axes)
+    if TIME not in axes:
+        return lax.axis_index(axes[0] if len(axes) == 1 else axes)
+    at = axes.index(TIME)
+    place = _turn.value.index
+    if before := axes[:at]:
+        place = index(before) * _turn.value.num + place
+    if after := axes[at + 1 :]:
+        place = place * lax.axis_size(after) + index(after)
+    return place
+
+
+def at_once(axes: Axes, what: str) -> Axes:
+    """``axes``, all of the mesh: what is to be had between devices cannot be had between microbatches."""
+    if TIME in axes:
+        raise fail(
+            f"microbatches: {what} along a dim of which each microbatch has a part. With microbatches= in the layout a "
+            "program may keep that dim, and sum or average over it at its end: what else looks at several examples at "
+            "once (a maximum, a normalisation, a shift, another name for the dim) would see one microbatch alone.\n"
+            "  Leave microbatches= out of the layout, or do this outside the region."
+        )
+    return axes
 
 
 def all_sum(x: Array, axes: Axes, dtype: str | None = None) -> Array:
     """The sum over the devices along ``axes``, taken in ``dtype`` when one is given."""
+    if TIME in axes:
+        return _summed_later(x, tuple(a for a in axes if a != TIME), dtype)
     x = vary(x, frozenset(axes))
     return _in_dtype(lambda y: lax.psum(y, axes), x, dtype)
 
 
+def _summed_later(x: Array, now: Axes, dtype: str | None) -> Array:
+    """The addend of one microbatch, marked as such: whoever runs the microbatches adds them up."""
+    if _turn.value.without_sums:
+        return all_sum(jnp.zeros_like(x), now, dtype) if now else jnp.zeros_like(x)
+    return checkpoint_name(all_sum(x, now, dtype) if now else x, SUMMED)
+
+
 def sum_scatter(x: Array, axes: Axes, dim: int, dtype: str | None = None) -> Array:
     """The sum over the devices along ``axes``, of which each keeps its slice along position ``dim``."""
-    x = vary(x, frozenset(axes))
+    x = vary(x, frozenset(at_once(axes, "a sum that ends split")))
     return _in_dtype(lambda y: lax.psum_scatter(y, axes, scatter_dimension=dim, tiled=True), x, dtype)
 
 
@@ -78,17 +146,17 @@ def _in_dtype(collective: Any, x: Array, dtype: str | None) -> Array:
 
 def all_max(x: Array, axes: Axes) -> Array:
     """The greatest over the devices along ``axes``. Has no gradient: callers stop it or state theirs."""
-    return lax.pmax(vary(x, frozenset(axes)), axes)
+    return lax.pmax(vary(x, frozenset(at_once(axes, "a maximum"))), axes)
 
 
 def all_min(x: Array, axes: Axes) -> Array:
     """The least over the devices along ``axes``. Has no gradient: callers stop it or state theirs."""
-    return lax.pmin(vary(x, frozenset(axes)), axes)
+    return lax.pmin(vary(x, frozenset(at_once(axes, "a minimum"))), axes)
 
 
 def gather(x: Array, axes: Axes, dim: int, sums: str | None = None) -> Array:
     """Join the devices' slices along position ``dim``; the backward pass reduce-scatters, in ``sums`` if given."""
-    x = vary(x, frozenset(axes))
+    x = vary(x, frozenset(at_once(axes, "a gather")))
     if not x.size:
         return _joined_nothing(x, axes, dim, varies_over(x))
     if sums is None or x.dtype == sums or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -117,7 +185,7 @@ def _gather_wide_jvp(
 
 def gather_equal(x: Array, axes: Axes, dim: int) -> Array:
     """Join the devices' slices along position ``dim`` into a value that counts as equal everywhere."""
-    x = vary(x, frozenset(axes))
+    x = vary(x, frozenset(at_once(axes, "a gather")))
     if not x.size:
         return _joined_nothing(x, axes, dim, varies_over(x) - frozenset(axes))
     return lax.all_gather(x, axes, axis=dim, tiled=True, to="invarying")
@@ -138,13 +206,13 @@ def own_slice(x: Array, axes: Axes, dim: int, num: int) -> Array:
 
 def exchange(x: Array, axes: Axes, split_dim: int, join_dim: int) -> Array:
     """All-to-all: from split along position ``join_dim`` to split along position ``split_dim``."""
-    x = vary(x, frozenset(axes))
+    x = vary(x, frozenset(at_once(axes, "an all-to-all")))
     return lax.all_to_all(x, axes, split_dim, join_dim, tiled=True)
 
 
 def permute(x: Array, axes: Axes, pairs: Sequence[tuple[int, int]]) -> Array:
     """Send ``x`` from device to device, by pairs (from, to) along ``axes``; a device nobody sends to gets zeros."""
-    x = vary(x, frozenset(axes))
+    x = vary(x, frozenset(at_once(axes, "an exchange between neighbours")))
     ordered = _ordered(axes)
     if ordered != axes:
         place = _places(axes, ordered)

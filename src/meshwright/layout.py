@@ -24,19 +24,23 @@ from typing import Any, Never
 
 import jax.numpy as jnp
 
+from .collectives import TIME
 from .dims import Dims, show
 from .errors import fail, fail_type, nearest
 from .explain import Explanation, explain
 from .inherit import LIKE, Inherited, inherited_text, read_inherited, resolved
 from .mesh import Mesh
 from .notation import Notation, check_known
-from .scope import Axes, Scope, Split
+from .scope import Axes, Scope, Split, Stages
 from .tensor import ACTIVATION, PARAMETER, Role
 
 OPTIMIZER = "optimizer"
 ROLES = (ACTIVATION, PARAMETER, OPTIMIZER)
 GATHERS = ("use", "step")
-OPTIONS = ("params", "optimizer", "gather", "strict", "sums", "like")
+SCHEDULES = ("1f1b", "gpipe")
+OPTIONS = (
+    "params", "optimizer", "gather", "strict", "sums", "like", "microbatches", "pipeline", "schedule", "virtual_stages",
+)  # fmt: skip
 
 Pairs = tuple[tuple[str, Axes], ...]
 RulesLike = str | Mapping[str, Any] | Iterable[tuple[str, Any]] | None
@@ -132,6 +136,12 @@ class Layout:
         like: names that lie as another does where ``rules`` do not speak of them: ``"memory_length:length"``, or
             ``"memory_length:length-heads"`` for the axes of ``length`` less those of ``heads``. Added to those of this
             package's models (``inherit.LIKE``).
+        microbatches: in how many parts a batch is worked on, one after the other: a number, for the dim ``batch``, or
+            ``"examples:8"`` for another. Gradients are added up at rest; with ``pipeline`` split, the parts fill it.
+        pipeline: the dim whose scan is a pipeline where the layout splits it and there are microbatches.
+        schedule: the order of a pipeline's forward and backward passes: ``"1f1b"`` takes a microbatch's backward pass
+            as soon as it can, ``"gpipe"`` after all forward passes.
+        virtual_stages: how many separate runs of layers each device of a pipeline has.
 
     Raises:
         TypeError: an unknown option, or a value of the wrong type.
@@ -146,6 +156,10 @@ class Layout:
     strict: bool
     sums: str | None
     like: tuple[tuple[str, Inherited], ...]
+    microbatches: tuple[str, int] | None
+    pipeline: str
+    schedule: str
+    virtual_stages: int
 
     def __init__(
         self,
@@ -157,12 +171,18 @@ class Layout:
         strict: bool = False,
         sums: Any = None,
         like: Any = (),
+        microbatches: Any = None,
+        pipeline: str = "layers",
+        schedule: str = "1f1b",
+        virtual_stages: int = 1,
         **unknown: Never,
     ) -> None:
         for option in unknown:
             raise fail_type(f"Layout: there is no option {option!r}.{nearest(option, OPTIONS)}")
         if gather not in GATHERS:
             raise fail(f"Layout: gather={gather!r} is unknown.{nearest(str(gather), GATHERS)}")
+        if schedule not in SCHEDULES:
+            raise fail(f"Layout: schedule={schedule!r} is unknown.{nearest(str(schedule), SCHEDULES)}")
         if not isinstance(strict, bool):
             raise fail_type(f"Layout: strict={strict!r}: it must be True or False.")
         at_rest = AtRest.read(params, "params")
@@ -174,6 +194,10 @@ class Layout:
             "strict": strict,
             "sums": _floating(sums) if sums is not None else None,
             "like": read_inherited(like, _LIKE),
+            "microbatches": _microbatches(microbatches),
+            "pipeline": pipeline,
+            "schedule": schedule,
+            "virtual_stages": _count(virtual_stages, "virtual_stages"),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -187,7 +211,7 @@ class Layout:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.pairs, self.params, self.optimizer, self.gather, self.strict, self.sums, self.like))
+        return hash((self.pairs, *(getattr(self, name) for name in OPTIONS)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -212,6 +236,10 @@ class Layout:
             "strict": "True" if self.strict else "",
             "sums": f'"{self.sums}"' if self.sums else "",
             "like": f'"{inherited_text(self.like)}"' if self.like else "",
+            "microbatches": _microbatches_text(self.microbatches) if self.microbatches else "",
+            "pipeline": f'"{self.pipeline}"' if self.pipeline != "layers" else "",
+            "schedule": f'"{self.schedule}"' if self.schedule != "1f1b" else "",
+            "virtual_stages": str(self.virtual_stages) if self.virtual_stages != 1 else "",
         }
         return ", ".join(f"{name}={value}" for name, value in written.items() if value)
 
@@ -226,9 +254,16 @@ class Layout:
         compute = (axis for _, axes in self.pairs for axis in axes)
         return tuple(dict.fromkeys((*compute, *self.params.known_axes, *self.optimizer.known_axes)))
 
-    def splits(self) -> Pairs:
-        """The compute rules, and the axes of every name that inherits some."""
+    def splits(self, in_time: bool = False) -> Pairs:
+        """The compute rules, and the axes of every name that inherits some.
+
+        Args:
+            in_time: whether the dim of the microbatches is split over the axis of time too.
+        """
         rules, inherited = self.rules, {**_LIKE, **dict(self.like)}
+        if in_time and self.microbatches:
+            name, _ = self.microbatches
+            rules[name] = (*rules.get(name, ()), TIME)
         names = [*rules, *(name for name in inherited if name not in rules)]
         return tuple((name, resolved(name, rules, inherited)) for name in names)
 
@@ -245,14 +280,34 @@ class Layout:
             message = f"Layout: {rule} names the axis {{}}, which the mesh ({mesh.text}) lacks."
             check_known(axes, mesh.axes, message)
 
-    def scope(self, mesh: Mesh, partitioner: str = "names") -> Scope:
+    def scope(self, mesh: Mesh, partitioner: str = "names", in_time: bool = False) -> Scope:
         """What the operations of a region see of this layout on ``mesh``; axes of size 1, which split nothing, are not
-        among it.
+        among it. ``in_time``: what they see while one microbatch is worked on.
 
         Raises:
             ValueError: as ``check``.
         """
-        return _scope(self, mesh, partitioner)
+        return _scope(self, mesh, partitioner, in_time)
+
+    def stages(self, mesh: Mesh) -> Stages | None:
+        """The pipeline that this layout asks for on ``mesh``, or None.
+
+        Raises:
+            ValueError: another rule uses the axes of the pipeline.
+        """
+        axes = tuple(a for a in self.rules.get(self.pipeline, ()) if mesh.axes[a] > 1)
+        if self.microbatches is None or not axes:
+            return None
+        rules = [*((name, found) for name, found in self.splits() if name != self.pipeline)]
+        rules += [("params", self.params.known_axes)]
+        for name, found in rules:
+            if both := set(axes).intersection(found):
+                raise fail(
+                    f"Layout: the axis {min(both)!r} is that of the pipeline ({self.pipeline}:{_axes_text(axes)}), "
+                    f"whose devices each work at another stage; the rule for {name!r} would have them work together.\n"
+                    f"  layout: {self.text}\n  Give {name!r} another axis."
+                )
+        return Stages(self.pipeline, axes, self.virtual_stages)
 
     def at_rest(self, scope: Scope, these: Dims, role: Role, asked: str = "at rest") -> Split:
         """Over which axes each dim of a tensor is split at rest, beyond its compute rule.
@@ -295,6 +350,9 @@ class Layout:
         lines.append(("params", _rest_text(self.params, self.gather)))
         if self.optimizer != self.params:
             lines.append(("optimizer", _rest_text(self.optimizer, "")))
+        if self.microbatches:
+            name, num = self.microbatches
+            lines.append(("microbatches", f"{num} of {name!r}, one after the other"))
         if self.like:
             lines.append(("like", inherited_text(self.like)))
         if self.sums:
@@ -306,11 +364,13 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=1024)
-def _scope(layout: Layout, mesh: Mesh, partitioner: str) -> Scope:
+def _scope(layout: Layout, mesh: Mesh, partitioner: str, in_time: bool) -> Scope:
     """One for each layout and mesh: JAX's caches take regions of equal scopes for one, and so does what they met."""
     layout.check(mesh)
-    sizes = mesh.axes
-    splits = ((name, tuple(a for a in axes if sizes[a] > 1)) for name, axes in layout.splits())
+    sizes = dict(mesh.axes)
+    if in_time and layout.microbatches:
+        sizes[TIME] = layout.microbatches[1]
+    splits = ((name, tuple(a for a in axes if sizes[a] > 1 or a == TIME)) for name, axes in layout.splits(in_time))
     kept = tuple((name, axes) for name, axes in splits if axes)
     return Scope(mesh.jax_mesh, kept, tuple(sizes.items()), partitioner, layout.sums, layout.text)
 
@@ -327,6 +387,36 @@ def _at_rest(layout: Layout, scope: Scope, these: Dims, role: Role, asked: str) 
 
 def _read(notation: Notation, given: Any) -> Pairs:
     return tuple((name, notation.names(axes, "axis", given)) for name, axes in notation.pairs(given))
+
+
+def _microbatches(given: Any) -> tuple[str, int] | None:
+    """The dim that microbatches divide and their number."""
+    if given is None:
+        return None
+    notation = Notation("Layout: microbatches=", "dim", "a number, or dim:number", ":", "batch:8")
+    text = isinstance(given, str) and not given.strip().isdigit()
+    pairs = notation.pairs(given) if text or isinstance(given, Mapping) else None
+    if pairs is None and isinstance(given, tuple | list):
+        pairs = notation.pairs([given])
+    if pairs is not None and len(pairs) != 1:
+        raise fail(f"{notation.asked}: {given!r} names {len(pairs)} dims; microbatches divide one. {notation.advice}")
+    name, num = pairs[0] if pairs is not None else ("batch", given)
+    return name, _count(num, "microbatches")
+
+
+def _count(given: Any, option: str) -> int:
+    try:
+        num = int(given)
+    except (TypeError, ValueError):
+        num = 0
+    if num < 1 or isinstance(given, float | bool):
+        raise fail(f"Layout: {option}={given!r} is not a number of at least 1.")
+    return num
+
+
+def _microbatches_text(microbatches: tuple[str, int]) -> str:
+    name, num = microbatches
+    return str(num) if name == "batch" else f'"{name}:{num}"'
 
 
 def _floating(dtype: Any) -> str:

@@ -13,7 +13,7 @@ that its names say as a constraint, and XLA's partitioner chooses the collective
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,15 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from . import collectives
-from .dims import Dims
+from .collectives import TIME
+from .dims import Dims, show
 from .errors import at_user_line, fail, fail_type, nearest
 from .held import gathered
 from .here import check_here, check_names
 from .layout import Layout
 from .mesh import Mesh
-from .scope import Scope, Split, current, entered
+from .microbatches.run import Microbatches
+from .scope import Axes, Split, current, entered, mapped_axes
 from .tensor import ACTIVATION, PARAMETER, Role, Tensor, is_tensor, make
 
 PARTITIONERS = ("names", "xla")
@@ -65,7 +67,7 @@ def spmd(
     layout = layout if isinstance(layout, Layout) else Layout(layout)
     if partitioner not in PARTITIONERS:
         raise fail(f"spmd: there is no partitioner {partitioner!r}.{nearest(str(partitioner), PARTITIONERS)}")
-    region = Region(fn, layout, layout.scope(mesh, partitioner))
+    region = Region(fn, layout, mesh, partitioner)
     compiled = jax.jit(region.run, static_argnums=(0,), inline=True)
 
     @functools.wraps(fn)
@@ -117,8 +119,11 @@ class Inlets:
 class Region:
     """One function under one layout on one mesh."""
 
-    def __init__(self, fn: Callable[..., Any], layout: Layout, scope: Scope) -> None:
-        self.fn, self.layout, self.scope = fn, layout, scope
+    def __init__(self, fn: Callable[..., Any], layout: Layout, mesh: Mesh, partitioner: str) -> None:
+        self.fn, self.layout = fn, layout
+        self.scope = layout.scope(mesh, partitioner)
+        self.in_time = layout.scope(mesh, partitioner, in_time=True)
+        self.stages = layout.stages(mesh)
         self.warned = self.traced = False
 
     def enter(self, arguments: Any) -> tuple[Any, ...]:
@@ -166,23 +171,43 @@ class Region:
         """The region on whole arrays: the function that is compiled."""
         if not self.scope.manual:
             return self._run_constrained(inlets, arrays)
-        described = iter(i for i in inlets.leaves if i.static is None)
+        described = [i for i in inlets.leaves if i.static is None]
         in_specs = tuple(self._spec(i.dims, i.rest) if i.dims else PartitionSpec() for i in described)
         out_specs: list[PartitionSpec] = []
         outlets: list[Any] = []
+        microbatches, places = self._microbatches(inlets)
+        scope = self.scope if microbatches is None else self.in_time
 
-        def body(*slices: Any) -> Any:
-            with entered(self.scope):
+        def once(slices: Sequence[Any]) -> tuple[list[Any], list[Split]]:
+            with entered(scope):
                 leaves, tree = jax.tree.flatten(self._call(inlets, slices), is_leaf=is_tensor)
                 left = [self._leave(x) for x in leaves]
+                splits = [scope.split(x.dims, "spmd") if isinstance(x, Tensor) else () for x in leaves]
             outlets[:] = [tree, [(x.dims, x.role) if isinstance(x, Tensor) else None for x in leaves]]
             out_specs[:] = [spec for _, spec in left]
-            return [array for array, _ in left]
+            return [array for array, _ in left], splits
+
+        def body(*slices: Any) -> Any:
+            taken = [self._taken_in(i, x) for i, x in zip(described, slices, strict=True)]
+            if microbatches is None:
+                return once(taken)[0]
+            return microbatches.run(once, taken, places, lambda k: _output_text(outlets, k))
 
         results = jax.shard_map(body, mesh=self.scope.mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
         tree, names = outlets
         whole = [x if n is None else make(x, n[0], role=n[1]) for x, n in zip(results, names, strict=True)]
         return jax.tree.unflatten(tree, whole)
+
+    def _microbatches(self, inlets: Inlets) -> tuple[Microbatches | None, list[int | None]]:
+        """How the batch is worked on in parts, if it is, and for each array the position of the dim they divide."""
+        given = [i for i in inlets.leaves if i.static is None]
+        splits = [self.in_time.split(i.dims, "spmd") if i.dims else () for i in given]
+        places = [next((k for k, axes in enumerate(split) if TIME in axes), None) for split in splits]
+        if self.layout.microbatches is None or all(at is None for at in places):
+            return None, places
+        num_devices = self.scope.size(self.stages.axes) if self.stages is not None else 1
+        num = self.layout.microbatches[1]
+        return Microbatches(num, self.layout.schedule, self.stages, num_devices, self.layout.sums), places
 
     def _spec(self, these: Dims, rest: Split) -> PartitionSpec:
         compute = self.scope.split(these, "spmd")
@@ -197,14 +222,21 @@ class Region:
             self._report_unmet()
         return result
 
+    def _copied(self, inlet: Inlet) -> Axes:
+        """The axes over which an argument is gathered once a step, where it comes in."""
+        return tuple(a for axes in inlet.rest for a in axes) if self.layout.gather == "step" else ()
+
+    def _taken_in(self, inlet: Inlet, array: Any) -> Any:
+        """An argument's slice as the function begins with it, on every microbatch."""
+        copies = self._copied(inlet)
+        return gathered(array, inlet.rest, frozenset(copies), self.scope) if copies else array
+
     def _arrive(self, inlet: Inlet, array: Any) -> Any:
         if inlet.dims is None:
             return array
         if not self.scope.manual:
             return make(array, inlet.dims, role=inlet.role)
-        if self.layout.gather == "step" and any(inlet.rest):
-            copies = tuple(a for axes in inlet.rest for a in axes)
-            array = gathered(array, inlet.rest, frozenset(copies), self.scope)
+        if copies := self._copied(inlet):
             return make(array, inlet.dims, role=inlet.role, copies=copies, home=inlet.rest)
         return make(array, inlet.dims, role=inlet.role, rest=inlet.rest, came=True)
 
@@ -225,7 +257,7 @@ class Region:
         return array, self._spec(x.dims, rest)
 
     def _check_equal(self, x: Any) -> None:
-        differs = collectives.varies_over(x) if isinstance(x, jax.Array) else frozenset()
+        differs = collectives.varies_over(x) - mapped_axes() if isinstance(x, jax.Array) else frozenset()
         if differs:
             axes = ", ".join(sorted(differs))
             raise fail(
@@ -260,10 +292,11 @@ class Region:
 
         (A function of parameters alone, such as an initialiser, is not expected to meet the names of the data.)
         """
-        unmet = [name for name in self.layout.names() if name not in self.scope.met]
+        every = self.scope.met | self.in_time.met
+        unmet = [name for name in self.layout.names() if name not in every]
         if not unmet or (self.warned and not self.layout.strict):
             return
-        met = sorted(self.scope.met)
+        met = sorted(every)
         lines = [
             f"the rule for {n!r} was not used: the region met no dim of that name.{nearest(n, met)}" for n in unmet
         ]
@@ -283,6 +316,14 @@ def _check_output(x: Any) -> None:
             f"spmd: an output is a {type(x).__name__}. A region returns tensors, arrays and numbers; what is known "
             "before it runs need not go through it."
         )
+
+
+def _output_text(outlets: list[Any], k: int) -> str:
+    """What an error calls a result of a region."""
+    tree, names = outlets
+    path, _ = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(tree, list(range(len(names)))))[0][k]
+    dims = f" ({show(names[k][0])})" if names[k] is not None else ""
+    return f"the output{jax.tree_util.keystr(path)}{dims}"
 
 
 def _where(path: Any) -> str:

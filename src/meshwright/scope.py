@@ -98,7 +98,7 @@ class Scope:
         self.met.update(d.name for d in these)
         found = tuple(self._axes_by_name.get(d.name, ()) for d in these)
         check_split(self, these, found, asked)
-        if taken := mapped_axes():
+        if taken := vmapped_axes():
             _check_mapped(self, these, found, taken, asked)
         return found
 
@@ -161,14 +161,46 @@ _ambient = jax.make_user_context(None)
 _mapped = jax.make_user_context(frozenset())
 
 
-def mapped_axes() -> frozenset[str]:
-    """The axes of the dims that a surrounding ``vmap`` has taken away: every value may vary over them."""
+@dataclass(frozen=True)
+class Stages:
+    """A pipeline: one scan, the turns of which are dealt out to the devices along an axis, in stages."""
+
+    dim: str
+    """The dim that the scan runs over."""
+    axes: Axes
+    """The axes that split it."""
+    num: int
+    """Stages on each device (virtual stages, where there are several)."""
+
+
+_stages = jax.make_user_context(None)
+
+
+def current_stages() -> Stages | None:
+    """The pipeline whose stages are being traced, or None."""
+    return _stages.value  # type: ignore[no-any-return]
+
+
+def staging(stages: Stages | None) -> AbstractContextManager[None]:
+    """A context in which ``current_stages()`` is ``stages``: each device goes its own way along their axes."""
+    return _stages(stages)  # type: ignore[no-any-return]
+
+
+def vmapped_axes() -> frozenset[str]:
+    """The axes of the dims that a surrounding ``vmap`` has taken away."""
     return _mapped.value  # type: ignore[no-any-return]
 
 
+def mapped_axes() -> frozenset[str]:
+    """The axes over which every value may vary: those of a surrounding ``vmap``, and those along which the stages of a
+    pipeline each do another thing."""
+    stages = current_stages()
+    return vmapped_axes() if stages is None else vmapped_axes() | frozenset(stages.axes)
+
+
 def mapping(axes: Axes) -> AbstractContextManager[None]:
-    """A context in which ``axes`` are among ``mapped_axes()``."""
-    return _mapped(mapped_axes() | frozenset(axes))  # type: ignore[no-any-return]
+    """A context in which ``axes`` are among ``vmapped_axes()``."""
+    return _mapped(vmapped_axes() | frozenset(axes))  # type: ignore[no-any-return]
 
 
 def current() -> Scope | None:

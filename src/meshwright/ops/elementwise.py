@@ -22,7 +22,7 @@ from jax.scipy import special
 
 from ..dims import Dims, show, union
 from ..errors import fail, fail_type
-from ..scope import mapped_axes
+from ..scope import vmapped_axes
 from ..tensor import ACTIVATION, Role, Tensor, make, operator
 from .kin import applied
 from .lowering import align, check_operand, copied, operand_list, run, wanted
@@ -104,7 +104,7 @@ def _held_alike(tensors: Sequence[Tensor], on_sums: bool) -> bool:
         return False
     if first.pending and _promotes_integers(tensors):
         return False
-    if mapped_axes():  # what the other operands hold may differ along the axes over which this one rests
+    if vmapped_axes():  # what the other operands hold may differ along the axes over which this one rests
         return False
     same_dims = first.rest is None or all(x.dims == first.dims for x in tensors)
     return same_dims and all(

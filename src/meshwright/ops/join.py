@@ -14,7 +14,7 @@ from jax import lax
 from .. import collectives
 from ..dims import Dim, Dims, as_dims, check_unique, find, index_of, names_of, without
 from ..errors import fail, fail_type
-from ..scope import mapped_axes
+from ..scope import vmapped_axes
 from ..tensor import ACTIVATION, PARAMETER, Tensor, make, operator
 from .along import along, global_places, on_words, read, resized, shared_out, whole
 from .lowering import align, check_operand, copied, is_scalar, operand_list, run, wanted
@@ -105,7 +105,7 @@ def _joined(
     role = first.role if all(x.role == first.role for x in tensors) else ACTIVATION
     held = dict(zip(first.names, first.rest, strict=True)) if first.rest is not None else {}
     alike = all(x.names == first.names and x.rest == first.rest and not (x.pending or x.copies) for x in tensors)
-    if held and role == PARAMETER and alike and not held.get(after[at].name) and not mapped_axes():
+    if held and role == PARAMETER and alike and not held.get(after[at].name) and not vmapped_axes():
         axes = {a for some in held.values() for a in some}
         array = local(*(collectives.vary(x.raw, want.union(axes)) for x in tensors))
         return make(array, after, asked=asked, role=role, rest=tuple(held.get(d.name, ()) for d in after))

@@ -18,10 +18,11 @@ from .. import collectives
 from ..dims import Dim, find, show
 from ..errors import fail, fail_type
 from ..here import check_here
-from ..scope import current_manual
+from ..scope import Axes, current_manual, current_stages
 from ..tensor import PARAMETER, Tensor, is_tensor, make
 from .lowering import axes_of, is_scalar
 from .packing import Held, Packing, held_as
+from .stages import run_stages
 from .transform import remat as rematerialised
 
 
@@ -54,7 +55,9 @@ def scan(
         ValueError: a tensor of ``xs`` lacks the dim; the carry changes its names.
     """
     d = _over_dim(xs, over)
-    stacked, take = _sliced(xs, d)
+    stages = current_stages()
+    in_stages = stages is not None and stages.dim == d.name and _has_parameters(xs)
+    stacked, take = _sliced(xs, d, kept=stages.axes if stages is not None and in_stages else ())
     carry = Packing(init, "scan: carry")
     out: list[Packing] = []
 
@@ -64,8 +67,31 @@ def scan(
         return carry.unpack(new), out[0].unpack(y)
 
     body = rematerialised(step, remat, in_loop=True) if remat else step
+    if stages is not None and in_stages:
+        return carry.pack(run_stages(_carrying(body, reverse), carry.unpack(init), stacked, d, stages, unroll)), None
     last, ys = jax.lax.scan(body, carry.unpack(init), stacked, length=d.size, reverse=reverse, unroll=unroll)
     return carry.pack(last), _stacked(out[0], ys, d)
+
+
+def _has_parameters(xs: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.role == PARAMETER for x in jax.tree.leaves(xs, is_leaf=is_tensor))
+
+
+def _carrying(body: Callable[..., Any], reverse: bool) -> Callable[..., list[Any]]:
+    """A body as the stages of a pipeline run it: on what goes round alone."""
+    if reverse:
+        raise fail("scan: a pipeline runs its stages from the first to the last: leave out reverse=True.")
+
+    def step(arrays: Any, slices: Any) -> list[Any]:
+        new, ys = body(arrays, slices)
+        if jax.tree.leaves(ys):
+            raise fail(
+                "scan: the layers of a pipeline give something to be stacked. What is to leave a pipeline goes round "
+                "with the carry: write mw.fold, and let each layer add its part there."
+            )
+        return new
+
+    return step
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
@@ -106,13 +132,14 @@ def _over_dim(xs: Any, over: str | Dim) -> Dim:
     raise fail(f"scan: no tensor in xs has the dim {over!r}, so its size is unknown; pass over=mw.Dim({over!r}, size).")
 
 
-def _sliced(xs: Any, d: Dim) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The arrays of ``xs`` with the dim ``d`` first and whole, and what makes a step's tensors of their slices."""
+def _sliced(xs: Any, d: Dim, kept: Axes = ()) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of ``xs`` with the dim ``d`` first and whole, and what makes a step's tensors of their slices. Over
+    the axes ``kept`` it stays split."""
     paths, tree = jax.tree_util.tree_flatten_with_path(xs, is_leaf=is_tensor)
     arrays, forms = [], []
     for path, x in paths:
         where = f"scan: xs{jax.tree_util.keystr(path)}"
-        array, form = _leading(x, d, where)
+        array, form = _leading(x, d, where, kept)
         arrays.append(array)
         forms.append((form, where))
 
@@ -123,7 +150,7 @@ def _sliced(xs: Any, d: Dim) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]
     return arrays, take
 
 
-def _leading(x: Any, d: Dim, where: str) -> tuple[Any, Held]:
+def _leading(x: Any, d: Dim, where: str, kept: Axes) -> tuple[Any, Held]:
     if not isinstance(x, Tensor):
         if is_scalar(x) or x.shape[0] != d.size:
             raise fail(
@@ -138,7 +165,7 @@ def _leading(x: Any, d: Dim, where: str) -> tuple[Any, Held]:
     form = held_as(x)
     array = x.raw if x.role == PARAMETER else x.array
     if scope is not None:
-        across = scope.axes_of(d.name) + (form.rest[at] if form.rest else ())
+        across = scope.axes_of(d.name)[len(kept) :] + (form.rest[at] if form.rest else ())
         if across:
             array = collectives.gather_equal(array, across, at)
     return jnp.moveaxis(array, at, 0) if at else array, form.without(at)

@@ -60,7 +60,8 @@ def wanted(asked: str, *all_dims: Dims) -> frozenset[str]:
     scope = current_manual()
     if scope is None:
         return frozenset()
-    return mapped_axes().union(a for these in all_dims for axes in scope.split(these, asked) for a in axes)
+    split = (a for these in all_dims for axes in scope.split(these, asked) for a in axes)
+    return mapped_axes().union(split) - {collectives.TIME}
 
 
 def local_sizes(these: Dims, asked: str) -> tuple[int, ...]:

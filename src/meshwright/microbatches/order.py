@@ -1,0 +1,156 @@
+"""Order: which stage of a pipeline works on which microbatch, and when.
+
+Stages are numbered along the layers: with P devices and v runs of layers on each, stage ``k`` is run ``k // P`` of
+device ``k % P``. Time is counted in ticks; in one a device does one forward pass (F) or one backward pass (B) of one of
+its stages on one microbatch, and sends what comes out to its neighbour, who has it in the next.
+
+    1F1B, 3 devices, 4 microbatches             GPipe
+    0  F0 .  F1 .  F2 B0 F3 B1 .  B2 .  B3      0  F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3
+    1  .  F0 .  F1 B0 F2 B1 F3 B2 .  B3 .       1  .  F0 F1 F2 F3 .  .  B0 B1 B2 B3 .
+    2  .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .       2  .  .  F0 F1 F2 F3 B0 B1 B2 B3 .  .
+
+Each device does its passes in an order of its own, as early as what they need is there. *1F1B* (Narayanan et al., 2019)
+begins with as many forward passes as there are stages behind, then takes turns, so that no device has more microbatches
+in work than there are stages; the two kinds of pass fall on alternate ticks, so that neighbours exchange at fixed
+times. *Interleaved* (Narayanan et al., 2021) is the same with several stages on a device. *GPipe* (Huang et al., 2019)
+does all forward passes first.
+
+What arrives is put into a slot until its last use; slots are dealt out here too.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+FORWARD, BACKWARD = "F", "B"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One device's work in one tick."""
+
+    kind: str
+    stage: int
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """Every device's work in every tick."""
+
+    num_devices: int
+    num_stages: int
+    """On all devices together."""
+    num_microbatches: int
+    passes: tuple[tuple[Pass | None, ...], ...]
+    """By tick, then by device; None where a device waits."""
+
+    @property
+    def num_ticks(self) -> int:
+        return len(self.passes)
+
+    @functools.cached_property
+    def at(self) -> dict[Pass, int]:
+        """The tick of each pass."""
+        return {p: t for t, row in enumerate(self.passes) for p in row if p is not None}
+
+    @property
+    def bubble(self) -> float:
+        """The part of the time in which a device waits: (P - 1) / (v m + P - 1), whatever the schedule."""
+        run = self.num_stages // self.num_devices * self.num_microbatches
+        return (self.num_devices - 1) / (run + self.num_devices - 1)
+
+    def arrivals(self, kind: str) -> dict[tuple[int, int], tuple[int, int, int]]:
+        """For each (device, tick) at which something arrives to be worked on by passes of ``kind``: the stage and the
+        microbatch that it is for, and the tick of its last use."""
+        found = {}
+        step = 1 if kind == FORWARD else -1
+        for p, t in self.at.items():
+            to = p.stage + step
+            if p.kind == kind and 0 <= to < self.num_stages:
+                uses = [self.at[q] for k in (kind, BACKWARD) if (q := Pass(k, to, p.microbatch)) in self.at]
+                found[to % self.num_devices, t + 1] = (to, p.microbatch, max(uses))
+        return found
+
+
+@functools.lru_cache(maxsize=64)
+def ordered(schedule: str, num_devices: int, num_runs: int, num_microbatches: int, backward: bool) -> Order:
+    """The order of a schedule.
+
+    Args:
+        schedule: "1f1b" or "gpipe".
+        num_devices: along the pipeline.
+        num_runs: stages on each device.
+        backward: whether there are backward passes at all.
+    """
+    queues = [_queue(schedule, d, num_devices, num_runs, num_microbatches, backward) for d in range(num_devices)]
+    num_stages = num_devices * num_runs
+    alternate = backward and schedule == "1f1b" and num_runs == 1
+    done: dict[Pass, int] = {}
+    rows: list[tuple[Pass | None, ...]] = []
+    while any(queues):
+        t, row = len(rows), []
+        for d, queue in enumerate(queues):
+            ready = queue and all(done.get(p, t) < t for p in _needed(queue[0], num_stages, backward))
+            if ready and not (alternate and (t - d) % 2 != (queue[0].kind == BACKWARD)):
+                row.append(queue.pop(0))
+            else:
+                row.append(None)
+        done.update({p: t for p in row if p is not None})
+        rows.append(tuple(row))
+    if backward and schedule == "1f1b" and len(rows) % 2:
+        rows.append((None,) * num_devices)
+    return Order(num_devices, num_stages, num_microbatches, tuple(rows))
+
+
+def _needed(p: Pass, num_stages: int, backward: bool) -> Iterable[Pass]:
+    """What must be done before a pass."""
+    if p.kind == FORWARD:
+        return [Pass(FORWARD, p.stage - 1, p.microbatch)] if p.stage else []
+    after = [Pass(BACKWARD, p.stage + 1, p.microbatch)] if p.stage + 1 < num_stages else []
+    return [Pass(FORWARD, p.stage, p.microbatch), *after]
+
+
+def _queue(schedule: str, device: int, num_devices: int, num_runs: int, num: int, backward: bool) -> list[Pass]:
+    """One device's passes in order: microbatches go through its runs of layers in groups as large as the pipeline."""
+
+    def passes(kind: str, runs: Iterable[int]) -> list[Pass]:
+        groups = [range(first, min(first + num_devices, num)) for first in range(0, num, num_devices)]
+        stages = [run * num_devices + device for run in runs]
+        return [Pass(kind, stage, i) for group in groups for stage in stages for i in group]
+
+    forward, back = passes(FORWARD, range(num_runs)), passes(BACKWARD, reversed(range(num_runs)))
+    if not backward:
+        return forward
+    behind = num_devices - device - 1
+    first = behind if num_runs == 1 else 2 * behind + (num_runs - 1) * num_devices
+    first = len(forward) if schedule == "gpipe" else min(first, len(forward))
+    turns = [p for pair in zip(forward[first:], back, strict=False) for p in pair]
+    return forward[:first] + turns + back[len(forward) - first :]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where each device keeps what arrives."""
+
+    num: int
+    store: np.ndarray
+    """(tick, device): the slot into which what arrives goes; ``num`` where nothing does."""
+    of: dict[tuple[int, int], int]
+    """The slot of a stage's microbatch."""
+
+
+def slots(order: Order, kind: str) -> Slots:
+    """Slots for what arrives for passes of ``kind``, each free again after its last use."""
+    store = np.full((order.num_ticks + 1, order.num_devices), -1)
+    of: dict[tuple[int, int], int] = {}
+    busy: dict[int, list[int]] = {d: [] for d in range(order.num_devices)}
+    for (device, t), (stage, microbatch, last) in sorted(order.arrivals(kind).items(), key=lambda item: item[0][1]):
+        until = busy[device]
+        slot = next((i for i, end in enumerate(until) if end < t), len(until))
+        until[slot : slot + 1] = [last]
+        store[t, device] = of[stage, microbatch] = slot
+    num = max((len(until) for until in busy.values()), default=0)
+    return Slots(num, np.where(store < 0, num, store)[: order.num_ticks], of)

@@ -1,0 +1,78 @@
+"""Results: how those of the microbatches become that of the batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from .. import collectives
+from .sums import PART, SAME, SHIFTED, SUM
+
+Arrays = list[Any]
+
+
+def zeros(aval: Any) -> Any:
+    """Zeros of a type, varying as it says."""
+    return collectives.vary(jnp.zeros(aval.shape, aval.dtype), aval.manual_axis_type.varying)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the results of one microbatch are, and how they are put together."""
+
+    avals: Sequence[Any]
+    """Their types."""
+    kinds: Sequence[str]
+    places: Sequence[int | None]
+    """The position of the dim that the microbatches divide."""
+    num: int
+    """How many microbatches there are."""
+
+    def begin(self) -> Arrays:
+        """Room for the whole batch's results."""
+        return [zeros(self._whole(*group)) for group in zip(self.avals, self.kinds, self.places, strict=True)]
+
+    def _whole(self, aval: Any, kind: str, at: int | None) -> Any:
+        if kind != PART or at is None:
+            return aval
+        return aval.update(shape=tuple(n * self.num if k == at else n for k, n in enumerate(aval.shape)))
+
+    def add(self, room: Arrays, results: Sequence[Any], i: Any) -> Arrays:
+        """``room`` with the results of microbatch ``i``."""
+        return [self._add(*group, i) for group in zip(room, results, self.kinds, self.places, strict=True)]
+
+    @staticmethod
+    def _add(room: Any, result: Any, kind: str, at: int | None, i: Any) -> Any:
+        if kind in (SUM, SHIFTED):
+            return room + result
+        if kind == SAME or at is None:
+            return result
+        return lax.dynamic_update_slice_in_dim(room, result, i * result.shape[at], at)
+
+    @property
+    def loss(self) -> int | None:
+        """Which result gradients are of: the first that is a number and a sum."""
+        sums = (
+            k
+            for k, (aval, kind) in enumerate(zip(self.avals, self.kinds, strict=True))
+            if kind in (SUM, SHIFTED) and not aval.shape and jnp.issubdtype(aval.dtype, jnp.floating)
+        )
+        return next(sums, None)
+
+
+def counted_once(function: Callable[..., Arrays], same: Callable[..., Arrays] | None, results: Results) -> Any:
+    """``function(arrays, i, …)``, with what is the same in every microbatch's sum counted in the first alone. ``same``
+    says what that is."""
+    if same is None:
+        return function
+
+    def run(arrays: Arrays, i: Any, *more: Any) -> Arrays:
+        found, always = function(arrays, i, *more), same(arrays, i, *more)
+        return [
+            x - jnp.where(i == 0, jnp.zeros_like(a), a) if kind == SHIFTED else x
+            for x, a, kind in zip(found, always, results.kinds, strict=True)
+        ]
+
+    return run

@@ -1,0 +1,177 @@
+"""Run: a region's function on a batch, one microbatch after the other.
+
+    loss(model, batch)   ->   sum over i of loss(model, microbatch i)
+
+The function is traced on one microbatch, a slice of each argument that has the dim; its dims keep the sizes of the
+whole, as everywhere in a region, so that a mean over the batch divides by its whole size and the microbatches' results
+add up. The trace says what the results are (``sums.py``). Then it is run in turns, on every device
+(``accumulate.py``), or through the stages of a pipeline (``pipeline.py``), and gradients are added up on the way: what
+``jax.grad`` makes of the region outside is a scale on what was computed here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import jaxpr_as_fun
+
+from .. import collectives
+from ..collectives import TIME, Turn, taking
+from ..errors import fail
+from ..scope import Split, Stages, staging
+from .accumulate import Accumulated, Function
+from .cut import cut, has_stages
+from .pipeline import Pipelined
+from .results import Arrays, Results, counted_once
+from .sums import PART, SAME, SHIFTED, kinds, waits_over
+
+
+@dataclass(frozen=True)
+class Microbatches:
+    """How a batch is worked on."""
+
+    num: int
+    schedule: str
+    stages: Stages | None
+    num_devices: int
+    """Along the pipeline; 1 without one."""
+    sums: str | None
+    """The dtype in which sums across devices are taken."""
+
+    def run(
+        self,
+        function: Callable[[Arrays], tuple[Arrays, list[Split]]],
+        arrays: Sequence[Any],
+        places: Sequence[int | None],
+        names: Callable[[int], str],
+    ) -> Arrays:
+        """The results of ``function`` on the whole batch.
+
+        Args:
+            function: of the arrays of one microbatch, to its results and, for each, the axes of its dims.
+            arrays: one device's slices of the arguments, of the whole batch.
+            places: for each the position of the dim that microbatches divide, None where it has none.
+            names: what an error calls a result, by its number.
+        """
+        once = _Once(function, places, self.num)
+        arrays, stages = list(arrays), self.stages
+        first = once.traced(arrays, stages)
+        if stages is not None and not has_stages(first.jaxpr):
+            stages = None
+            first = once.traced(arrays, None)
+        found = kinds(first.jaxpr, [*(SAME for _ in arrays), PART])
+        for k, (kind, at) in enumerate(zip(found, once.out_places, strict=True)):
+            if kind == PART and at is None:
+                raise fail(_not_put_together(names(k)))
+        ready = self._varied(arrays, first, stages)
+        results = Results([v.aval for v in first.jaxpr.outvars], found, once.out_places, self.num)
+        program = self._program(once, ready, results, stages)
+        return _differentiable(program, results, names)(*ready)
+
+    def _varied(self, arrays: Arrays, trace: Any, stages: Stages | None) -> Arrays:
+        """The arguments, varying already over the axes over which every use of them varies: the sums of their gradients
+        are then taken once for all microbatches."""
+        alone = frozenset(stages.axes) if stages is not None else frozenset()
+
+        def one(x: Any, v: Any) -> Any:
+            inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+            axes = (waits_over(trace.jaxpr, v) or frozenset()) if inexact else frozenset()
+            return collectives.vary(x, axes | alone, self.sums)
+
+        return [one(x, v) for x, v in zip(arrays, trace.jaxpr.invars[:-1], strict=True)]
+
+    def _program(self, once: "_Once", arrays: Arrays, results: Results, stages: Stages | None) -> Any:
+        trace = once.traced(arrays, stages)
+        same = once.function_of(once.traced(arrays, stages, without_sums=True)) if SHIFTED in results.kinds else None
+        avals = [v.aval for v in trace.jaxpr.outvars]
+        results = Results(avals, results.kinds, results.places, results.num)
+        if stages is None:
+            return Accumulated(counted_once(once.function_of(trace), same, results), results)
+        return Pipelined(cut(trace), same, results, self.schedule, stages, self.num_devices)
+
+
+class _Once:
+    """A function on one microbatch."""
+
+    def __init__(self, function: Callable[..., Any], places: Sequence[int | None], num: int) -> None:
+        self.function, self.places, self.num = function, places, num
+        self.out_places: list[int | None] = []
+
+    def traced(self, arrays: Arrays, stages: Stages | None, without_sums: bool = False) -> Any:
+        """Its trace: a function of the whole batch's arrays and the microbatch's number."""
+
+        def run(arrays: Arrays, i: Any) -> Arrays:
+            slices = [self._slice(x, at, i) for x, at in zip(arrays, self.places, strict=True)]
+            with taking(Turn(i, self.num, without_sums)), staging(stages):
+                results, splits = self.function(slices)
+            self.out_places = [next((k for k, axes in enumerate(s) if TIME in axes), None) for s in splits]
+            return results
+
+        number = collectives.vary(jnp.int32(0), frozenset(stages.axes if stages is not None else ()))
+        return jax.make_jaxpr(run)(arrays, number)
+
+    def _slice(self, x: Any, at: int | None, i: Any) -> Any:
+        if at is None:
+            return x
+        size = x.shape[at] // self.num
+        return lax.dynamic_slice_in_dim(x, i * size, size, at)
+
+    @staticmethod
+    def function_of(trace: Any) -> Function:
+        run = jaxpr_as_fun(trace)
+        return lambda arrays, i: run(*arrays, i)
+
+
+def _differentiable(program: Any, results: Results, names: Callable[[int], str]) -> Callable[..., Arrays]:
+    """The program as a function whose gradient is computed with its values."""
+
+    @jax.custom_vjp
+    def run(*arrays: Any) -> Arrays:
+        return program.values(list(arrays))
+
+    def forward(*given: Any) -> tuple[Arrays, Any]:
+        arrays = [x.value for x in given]
+        wanted = [k for k, x in enumerate(given) if x.perturbed and jnp.issubdtype(x.value.dtype, jnp.inexact)]
+        if not wanted:
+            return program.values(arrays), ({}, arrays)
+        if results.loss is None:
+            raise fail(
+                "microbatches: gradients are those of one number, a sum or mean over the batch, and the region returns "
+                "none. Return the loss from the function given to mw.spmd."
+            )
+        found, gradients = program.values_and_gradients(arrays, wanted)
+        return found, (dict(zip(wanted, gradients, strict=True)), arrays)
+
+    def backward(kept: Any, cotangents: Any) -> tuple[Any, ...]:
+        gradients, arrays = kept
+        for k, c in enumerate(cotangents):
+            if k != results.loss and not isinstance(c, SymbolicZero):
+                raise fail(
+                    f"microbatches: a gradient of {names(k)} was asked for; with microbatches= the region's gradients "
+                    f"are those of {names(results.loss or 0)}, computed while each microbatch is at hand. Return the "
+                    "number to be differentiated first."
+                )
+        scale = cotangents[results.loss] if results.loss is not None else None
+        if isinstance(scale, SymbolicZero) or scale is None:
+            return (None,) * len(arrays)
+        return tuple(_scaled(gradients[k], scale) if k in gradients else None for k in range(len(arrays)))
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    return run
+
+
+def _scaled(gradient: Any, by: Any) -> Any:
+    by = collectives.vary(by, collectives.varies_over(gradient))
+    return gradient * by.astype(gradient.dtype)
+
+
+def _not_put_together(name: str) -> str:
+    return (
+        f"microbatches: {name} depends on the batch, but is neither a sum (or mean) over the dim that microbatches "
+        "divide nor has that dim, so that those of the microbatches cannot be put together.\n  Return sums, means or "
+        "tensors with that dim; take gradients outside the region; or leave microbatches= out of the layout."
+    )

@@ -1,0 +1,173 @@
+"""Sums: what a traced microbatch says of its results, and which of its parameters' gradients can wait.
+
+A function of a batch, run on one microbatch after the other, gives its result on the whole batch only where the result
+is put together from those of the parts. Whether it is, its trace says. Every value is of one of these kinds:
+
+======  ====================================================  =======================================
+kind    what it is                                            how the parts are put together
+======  ====================================================  =======================================
+SAME    does not depend on the microbatch                     any of them
+PART    depends on the microbatch                             joined along the dim, if it has that dim
+SUM     one microbatch's addend (marked by ``collectives``),  added up; what is the same in each (an
+        or linear in such                                     added penalty) is counted once
+======  ====================================================  =======================================
+
+A sum may be scaled, negated, added to others, reshaped: what is linear. Anything else would take one microbatch's
+addend for the sum, and is an error.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+
+from ..collectives import SUMMED
+from ..errors import fail
+
+SAME, PART, SUM, SHIFTED = "same", "part", "sum", "shifted sum"
+"""SHIFTED: a sum to which something that is the same in each microbatch was added."""
+
+_SUMS = (SUM, SHIFTED)
+_LINEAR = {
+    "neg", "reshape", "broadcast_in_dim", "squeeze", "transpose", "slice", "reduce_sum", "copy", "pvary",
+    "psum", "psum_invariant", "expand_dims", "concatenate", "reduce_precision", "real", "imag", "optimization_barrier",
+    "rev", "stop_gradient", "name", "dynamic_slice",
+}  # fmt: skip
+_CALLS = {
+    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "remat": "jaxpr", "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+}  # fmt: skip
+_SAME_VALUES = {"convert_element_type", "reshape", "transpose", "slice", "dynamic_slice", "squeeze", "copy", "name"}
+"""What hands on its first operand's values, so that its gradient is the operand's."""
+
+
+def inner(eqn: Any) -> Jaxpr | None:
+    """The body of an equation that calls a function once."""
+    body = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+    return body.jaxpr if isinstance(body, ClosedJaxpr) else body
+
+
+def kinds(jaxpr: Jaxpr, given: Sequence[str]) -> list[str]:
+    """The kinds of a trace's results, of its arguments' kinds.
+
+    Raises:
+        ValueError: a sum over microbatches is used as if it were complete.
+    """
+    known: dict[Var, str] = dict(zip(jaxpr.invars, given, strict=True))
+
+    def kind_of(v: Any) -> str:
+        return SAME if isinstance(v, Literal) else known.get(v, SAME)
+
+    for eqn in jaxpr.eqns:
+        found = _of_equation(eqn, [kind_of(v) for v in eqn.invars])
+        known.update(zip(eqn.outvars, found, strict=True))
+    return [kind_of(v) for v in jaxpr.outvars]
+
+
+def _of_equation(eqn: Any, given: list[str]) -> list[str]:
+    name, num = eqn.primitive.name, len(eqn.outvars)
+    body = inner(eqn)
+    if body is not None:
+        return kinds(body, given)
+    if name == "scan":
+        return _of_scan(eqn, given)
+    if name in ("cond", "while"):
+        return [_of_branches(eqn, given)] * num
+    if name == "name" and eqn.params["name"] == SUMMED:
+        return [SHIFTED if given[0] == SHIFTED else SUM]
+    if not any(kind in _SUMS for kind in given):
+        return [PART if PART in given else SAME] * num
+    return [_of_linear(eqn, name, given)] * num
+
+
+def _of_linear(eqn: Any, name: str, given: list[str]) -> str:
+    kind = SHIFTED if SHIFTED in given else SUM
+    others = [k for k in given if k not in _SUMS]
+    if PART in others:
+        raise _not_linear(eqn)
+    if name in ("add", "sub", "add_any", "concatenate"):
+        return SHIFTED if others and name != "concatenate" else kind
+    if name in ("mul", "dot_general") and len(others) == 1:
+        return kind
+    if name == "div" and given[0] in _SUMS and others:
+        return kind
+    if name == "select_n" and given[0] not in _SUMS:
+        return SHIFTED if len(others) > 1 else kind
+    if name == "convert_element_type" and eqn.params["new_dtype"].kind in "fcV":
+        return kind
+    if name in _LINEAR and given[0] in _SUMS:
+        return kind
+    raise _not_linear(eqn)
+
+
+def _of_scan(eqn: Any, given: list[str]) -> list[str]:
+    params = eqn.params
+    body, first, num_carry = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
+    given = list(given)
+    while True:
+        found = kinds(body, given)
+        handed = [_joined(a, b) for a, b in zip(given[first : first + num_carry], found, strict=False)]
+        if handed == given[first : first + num_carry]:
+            return found
+        given[first : first + num_carry] = handed
+
+
+def _joined(one: str, two: str) -> str:
+    """The kind of what is either ``one`` or ``two``: what a loop begins with and what it hands on."""
+    order = (SAME, PART, SUM, SHIFTED)
+    if {one, two} == {SAME, SUM} or {one, two} == {SAME, SHIFTED}:
+        return SHIFTED
+    return max(one, two, key=order.index)
+
+
+def _of_branches(eqn: Any, given: list[str]) -> str:
+    if any(kind in _SUMS for kind in given):
+        raise _not_linear(eqn)
+    for branch in (p for p in eqn.params.values() if isinstance(p, ClosedJaxpr | tuple)):
+        for body in branch if isinstance(branch, tuple) else (branch,):
+            if isinstance(body, ClosedJaxpr) and any(
+                k in _SUMS for k in kinds(body.jaxpr, [PART] * len(body.in_avals))
+            ):
+                raise _not_linear(eqn)
+    return PART if PART in given else SAME
+
+
+def _not_linear(eqn: Any) -> ValueError:
+    return fail(
+        f"microbatches: a sum (or mean) over the dim of the microbatches is used by {eqn.primitive.name!r} before all "
+        "microbatches are in: what follows such a sum may scale it, add to it and return it, for it is complete only "
+        "at the end.\n  Normalise by known sizes, do the rest outside the region, or leave microbatches= out of the "
+        "layout."
+    )
+
+
+def waits_over(jaxpr: Jaxpr, v: Var) -> frozenset[str] | None:
+    """The axes over which every use of an argument lets it vary first: the sum of its gradient over them can be taken
+    once, after all microbatches. None where nothing uses it."""
+    if any(v is out for out in jaxpr.outvars):
+        return frozenset()
+    found: frozenset[str] | None = None
+    for eqn in jaxpr.eqns:
+        for i in (i for i, given in enumerate(eqn.invars) if given is v):
+            axes = _varied_by(jaxpr, eqn, i)
+            if axes is not None:
+                found = axes if found is None else found & axes
+    return found
+
+
+def _varied_by(jaxpr: Jaxpr, eqn: Any, i: int) -> frozenset[str] | None:
+    name, body = eqn.primitive.name, inner(eqn)
+    if name == "pvary":
+        return frozenset(eqn.params["axes"])
+    if body is not None:
+        return waits_over(body, body.invars[i])
+    if name == "scan":
+        first, last = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+        return (
+            frozenset()
+            if first <= i < last
+            else waits_over(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].jaxpr.invars[i])
+        )
+    if i == 0 and name in _SAME_VALUES:
+        return waits_over(jaxpr, eqn.outvars[0])
+    return frozenset()
