@@ -60,6 +60,8 @@ class Turn:
     """How many there are."""
     without_sums: bool = False
     """Whether sums over microbatches are taken for nought: what is left of a result does not depend on the batch."""
+    apart: Axes = ()
+    """The axes along which devices are at different stages of a pipeline, and cannot work together."""
 
 
 _turn = jax.make_user_context(None)
@@ -106,7 +108,13 @@ def index(axes: Axes) -> Array:
 
 
 def at_once(axes: Axes, what: str) -> Axes:
-    """``axes``, all of the mesh: what is to be had between devices cannot be had between microbatches."""
+    """``axes``, when ``what`` can be had along them: not between microbatches, nor between stages of a pipeline."""
+    if _turn.value is not None and (apart := set(axes).intersection(_turn.value.apart)):
+        raise fail(
+            f"pipeline: {what} along the axis {min(apart)!r}, whose devices are at different stages, each in its own "
+            "time. A dim of layers that a pipeline splits can be scanned over, and nothing else.\n"
+            "  Do this outside the region (a penalty on stacked weights, for instance), or leave the dim unsplit."
+        )
     if TIME in axes:
         raise fail(
             f"microbatches: {what} along a dim of which each microbatch has a part. With microbatches= in the layout a "
@@ -121,7 +129,7 @@ def all_sum(x: Array, axes: Axes, dtype: str | None = None) -> Array:
     """The sum over the devices along ``axes``, taken in ``dtype`` when one is given."""
     if TIME in axes:
         return _summed_later(x, tuple(a for a in axes if a != TIME), dtype)
-    x = vary(x, frozenset(axes))
+    x = vary(x, frozenset(at_once(axes, "a sum")))
     return _in_dtype(lambda y: lax.psum(y, axes), x, dtype)
 
 

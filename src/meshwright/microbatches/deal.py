@@ -38,7 +38,7 @@ def _moved(stacks: Arrays, stages: Stages, num_devices: int, home: bool) -> Arra
     rest = np.arange(num_devices * runs).reshape(num_devices, runs)
     work = np.arange(num_devices * runs).reshape(runs, num_devices).T
     source, target = (work, rest) if home else (rest, work)
-    out = [collectives.zeros_like(x) for x in stacks]
+    out = list(stacks)
     for pairs in rounds(tuple(map(tuple, source.tolist())), tuple(map(tuple, target.tolist()))):
         sent, kept = (jnp.asarray(t, jnp.int32)[place] for t in _runs(pairs, source, target))
         for k, x in enumerate(stacks):

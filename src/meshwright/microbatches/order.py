@@ -19,6 +19,7 @@ What arrives is put into a slot until its last use; slots are dealt out here too
 """
 
 import functools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -36,10 +37,15 @@ class Pass:
     microbatch: int
 
 
+Form = tuple[str, bool, bool]
+"""What a pass is to a program: its kind, whether at the first stage, whether at the last; no kind is to wait."""
+
+
 @dataclass(frozen=True)
 class Order:
     """Every device's work in every tick."""
 
+    schedule: str
     num_devices: int
     num_stages: int
     """On all devices together."""
@@ -51,6 +57,29 @@ class Order:
     def num_ticks(self) -> int:
         return len(self.passes)
 
+    @property
+    def num_runs(self) -> int:
+        """Stages on each device."""
+        return self.num_stages // self.num_devices
+
+    def form(self, p: Pass | None) -> Form:
+        """What kind of program a pass is."""
+        return ("", False, False) if p is None else (p.kind, p.stage == 0, p.stage == self.num_stages - 1)
+
+    def forms(self, ticks: Iterable[int]) -> list[Form]:
+        """The kinds of passes that any device does in any of these ticks: the branches of a program."""
+        return sorted({self.form(p) for t in ticks for p in self.passes[t]})
+
+    def sends(self, p: Pass) -> bool:
+        """Whether something goes on to a neighbour from a pass."""
+        return p.stage < self.num_stages - 1 if p.kind == FORWARD else p.stage > 0
+
+    def text(self, ticks: range) -> str:
+        """This order and some of its ticks, as a name in a trace says them."""
+        backward = any(form[0] == BACKWARD for form in self.forms(range(self.num_ticks)))
+        sizes = f"{self.schedule} {self.num_devices} {self.num_runs} {self.num_microbatches} {int(backward)}"
+        return f"mw.passes[{sizes} {ticks.start}:{ticks.stop}:{ticks.step}]"
+
     @functools.cached_property
     def at(self) -> dict[Pass, int]:
         """The tick of each pass."""
@@ -59,7 +88,7 @@ class Order:
     @property
     def bubble(self) -> float:
         """The part of the time in which a device waits: (P - 1) / (v m + P - 1), whatever the schedule."""
-        run = self.num_stages // self.num_devices * self.num_microbatches
+        run = self.num_runs * self.num_microbatches
         return (self.num_devices - 1) / (run + self.num_devices - 1)
 
     def arrivals(self, kind: str) -> dict[tuple[int, int], tuple[int, int, int]]:
@@ -102,7 +131,16 @@ def ordered(schedule: str, num_devices: int, num_runs: int, num_microbatches: in
         rows.append(tuple(row))
     if backward and schedule == "1f1b" and len(rows) % 2:
         rows.append((None,) * num_devices)
-    return Order(num_devices, num_stages, num_microbatches, tuple(rows))
+    return Order(schedule, num_devices, num_stages, num_microbatches, tuple(rows))
+
+
+def order_in(text: str) -> tuple[Order, range] | None:
+    """The order and the ticks of which a name in a trace speaks (``Order.text``)."""
+    found = re.search(r"mw\.passes\[(\S+) (\d+) (\d+) (\d+) ([01]) (\d+):(\d+):(\d+)\]", text)
+    if found is None:
+        return None
+    num_devices, num_runs, num_microbatches, backward, *ticks = map(int, found.groups()[1:])
+    return ordered(found[1], num_devices, num_runs, num_microbatches, bool(backward)), range(*ticks)
 
 
 def _needed(p: Pass, num_stages: int, backward: bool) -> Iterable[Pass]:

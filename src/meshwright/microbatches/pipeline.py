@@ -26,7 +26,7 @@ from .. import collectives
 from ..scope import Stages
 from .cut import Cut
 from .deal import dealt, returned
-from .order import BACKWARD, FORWARD, Order, Pass, ordered, slots
+from .order import BACKWARD, FORWARD, Form, Order, Pass, ordered, slots
 from .results import Arrays, Results, counted_once, zeros
 
 
@@ -227,24 +227,24 @@ class _Tick:
     """A tick of a loop over passes: what each device does in it in each turn, and who then sends to whom."""
 
     def __init__(self, work: _Work, ticks: range) -> None:
-        self.work = work
+        self.work, self.ticks = work, ticks
         order, num = work.order, work.order.num_devices
         rows = [order.passes[t] for t in ticks]
-        self.forms = sorted({_form(p, order) for row in rows for p in row})
+        self.forms = order.forms(ticks)
         forward, back = work.slots[FORWARD], work.slots[BACKWARD]
 
         def table(value: Callable[[Pass], int]) -> np.ndarray:
             return np.array([[0 if p is None else value(p) for p in row] for row in rows], np.int32)
 
         self.tables = _Place(
-            np.array([[self.forms.index(_form(p, order)) for p in row] for row in rows], np.int32),
+            np.array([[self.forms.index(order.form(p)) for p in row] for row in rows], np.int32),
             table(lambda p: p.microbatch),
             table(lambda p: p.stage // num),
             table(lambda p: forward.of.get((p.stage, p.microbatch), forward.num)),
             table(lambda p: back.of.get((p.stage, p.microbatch), back.num)),
             *(np.asarray(kept.store[[*ticks]], np.int32) for kept in (forward, back)),
         )
-        sent = [(p.kind, d) for row in rows for d, p in enumerate(row) if p is not None and _sends(p, order)]
+        sent = [(p.kind, d) for row in rows for d, p in enumerate(row) if p is not None and order.sends(p)]
         self.onward = sorted({(d, (d + 1) % num) for kind, d in sent if kind == FORWARD})
         self.backward = sorted({(d, (d - 1) % num) for kind, d in sent if kind == BACKWARD})
 
@@ -254,13 +254,14 @@ class _Tick:
             inputs=_stored(state.inputs, state.onward, at.arrived),
             cotangents=_stored(state.cotangents, state.back, at.arrived_back),
         )
-        state, onward, back = lax.switch(at.form, [self._branch(form) for form in self.forms], state, at)
+        with jax.named_scope(self.work.order.text(self.ticks)):
+            state, onward, back = lax.switch(at.form, [self._branch(form) for form in self.forms], state, at)
         axes = self.work.whole.stages.axes
         onward = [collectives.permute(x, axes, self.onward) for x in onward] if self.onward else onward
         back = [collectives.permute(x, axes, self.backward) for x in back] if self.backward else back
         return replace(state, onward=onward, back=back)
 
-    def _branch(self, form: tuple[str, bool, bool]) -> Callable[..., Any]:
+    def _branch(self, form: Form) -> Callable[..., Any]:
         work, (kind, first, last) = self.work, form
 
         def branch(before: _State, at: _Place) -> tuple[_State, Arrays, Arrays]:
@@ -272,15 +273,6 @@ class _Tick:
             return jax.tree.map(_typed_as, state, before), _typed(onward, work.travelling), _typed(back, work.floating)
 
         return branch
-
-
-def _form(p: Pass | None, order: Order) -> tuple[str, bool, bool]:
-    """What kind of program a pass is: forward or backward, at the first stage, at the last."""
-    return ("", False, False) if p is None else (p.kind, p.stage == 0, p.stage == order.num_stages - 1)
-
-
-def _sends(p: Pass, order: Order) -> bool:
-    return p.stage < order.num_stages - 1 if p.kind == FORWARD else p.stage > 0
 
 
 def _read(room: Sequence[Any], at: Any) -> Arrays:

@@ -67,6 +67,11 @@ class Microbatches:
         for k, (kind, at) in enumerate(zip(found, once.out_places, strict=True)):
             if kind == PART and at is None:
                 raise fail(_not_put_together(names(k)))
+            if once.split_apart[k]:
+                raise fail(
+                    f"pipeline: {names(k)} is split over the axis of the pipeline. What layers hold stays with their "
+                    "stages: return it from a region without microbatches=."
+                )
         ready = self._varied(arrays, first, stages)
         results = Results([v.aval for v in first.jaxpr.outvars], found, once.out_places, self.num)
         program = self._program(once, ready, results, stages)
@@ -100,18 +105,22 @@ class _Once:
     def __init__(self, function: Callable[..., Any], places: Sequence[int | None], num: int) -> None:
         self.function, self.places, self.num = function, places, num
         self.out_places: list[int | None] = []
+        self.split_apart: list[bool] = []
 
     def traced(self, arrays: Arrays, stages: Stages | None, without_sums: bool = False) -> Any:
         """Its trace: a function of the whole batch's arrays and the microbatch's number."""
 
+        apart = stages.axes if stages is not None else ()
+
         def run(arrays: Arrays, i: Any) -> Arrays:
             slices = [self._slice(x, at, i) for x, at in zip(arrays, self.places, strict=True)]
-            with taking(Turn(i, self.num, without_sums)), staging(stages):
+            with taking(Turn(i, self.num, without_sums, apart)), staging(stages):
                 results, splits = self.function(slices)
             self.out_places = [next((k for k, axes in enumerate(s) if TIME in axes), None) for s in splits]
+            self.split_apart = [any(set(axes).intersection(apart) for axes in s) for s in splits]
             return results
 
-        number = collectives.vary(jnp.int32(0), frozenset(stages.axes if stages is not None else ()))
+        number = collectives.vary(jnp.int32(0), frozenset(apart))
         return jax.make_jaxpr(run)(arrays, number)
 
     def _slice(self, x: Any, at: int | None, i: Any) -> Any:

@@ -156,7 +156,8 @@ def _leading(x: Any, d: Dim, where: str, kept: Axes) -> tuple[Any, Held]:
             raise fail(
                 f"{where}: an array's first axis must be as long as {d.name}={d.size}; its shape is {jnp.shape(x)}."
             )
-        return x, Held(None)
+        scope = current_manual()
+        return collectives.own_slice(x, kept, 0, scope.size(kept)) if scope is not None and kept else x, Held(None)
     check_here(x, where)
     at = x.position(d.name, where)
     if x.dims[at] != d:
