@@ -109,8 +109,7 @@ def _num_stacks(call: JaxprEqn) -> int:
 
 
 def _check_same(jaxpr: Jaxpr, eqns: list[JaxprEqn], stacks: Sequence[Any]) -> None:
-    needed = _needed(eqns, stacks)
-    trace = jaxpr.replace(eqns=needed, outvars=list(stacks), debug_info=None)
+    trace = _part(jaxpr, jaxpr.invars, stacks, eqns)
     given = [*("same" for _ in jaxpr.invars[:-1]), PART]
     if PART in kinds(trace, given):
         raise fail(
@@ -160,5 +159,9 @@ def _needed(eqns: Sequence[JaxprEqn], outs: Sequence[Any]) -> list[JaxprEqn]:
 def _function(
     jaxpr: Jaxpr, consts: Sequence[Any], ins: Sequence[Var], outs: Sequence[Any], eqns: Sequence[JaxprEqn]
 ) -> Callable[..., Any]:
-    part = jaxpr.replace(invars=list(ins), outvars=list(outs), eqns=_needed(eqns, outs), debug_info=None)
-    return jaxpr_as_fun(ClosedJaxpr(part, consts))
+    return jaxpr_as_fun(ClosedJaxpr(_part(jaxpr, ins, outs, eqns), consts))
+
+
+def _part(jaxpr: Jaxpr, ins: Sequence[Var], outs: Sequence[Any], eqns: Sequence[JaxprEqn]) -> Jaxpr:
+    names = jaxpr.debug_info._replace(arg_names=("",) * len(ins), result_paths=("",) * len(outs))
+    return jaxpr.replace(invars=list(ins), outvars=list(outs), eqns=_needed(eqns, outs), debug_info=names)

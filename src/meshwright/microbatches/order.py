@@ -10,17 +10,16 @@ its stages on one microbatch, and sends what comes out to its neighbour, who has
     2  .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .       2  .  .  F0 F1 F2 F3 B0 B1 B2 B3 .  .
 
 Each device does its passes in an order of its own, as early as what they need is there. *1F1B* (Narayanan et al., 2019)
-begins with as many forward passes as there are stages behind, then takes turns, so that no device has more microbatches
-in work than there are stages; the two kinds of pass fall on alternate ticks, so that neighbours exchange at fixed
-times. *Interleaved* (Narayanan et al., 2021) is the same with several stages on a device. *GPipe* (Huang et al., 2019)
-does all forward passes first.
+has at most as many microbatches in work on a device as there are stages from there on; the two kinds of pass fall on
+alternate ticks, so that neighbours exchange at fixed times. *Interleaved* (Narayanan et al., 2021) is the same with
+several stages on a device. *GPipe* (Huang et al., 2019) does all forward passes first.
 
 What arrives is put into a slot until its last use; slots are dealt out here too.
 """
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,24 +113,61 @@ def ordered(schedule: str, num_devices: int, num_runs: int, num_microbatches: in
         num_runs: stages on each device.
         backward: whether there are backward passes at all.
     """
-    queues = [_queue(schedule, d, num_devices, num_runs, num_microbatches, backward) for d in range(num_devices)]
-    num_stages = num_devices * num_runs
+    work = [_Device(schedule, d, num_devices, num_runs, num_microbatches, backward) for d in range(num_devices)]
     alternate = backward and schedule == "1f1b" and num_runs == 1
     done: dict[Pass, int] = {}
     rows: list[tuple[Pass | None, ...]] = []
-    while any(queues):
-        t, row = len(rows), []
-        for d, queue in enumerate(queues):
-            ready = queue and all(done.get(p, t) < t for p in _needed(queue[0], num_stages, backward))
-            if ready and not (alternate and (t - d) % 2 != (queue[0].kind == BACKWARD)):
-                row.append(queue.pop(0))
-            else:
-                row.append(None)
+    while any(device.left for device in work):
+        t = len(rows)
+        kinds = [("BF"[(t - d) % 2 == 0],) if alternate else (FORWARD, BACKWARD) for d in range(num_devices)]
+        row = tuple(device.next(done, kind) for device, kind in zip(work, kinds, strict=True))
         done.update({p: t for p in row if p is not None})
-        rows.append(tuple(row))
+        rows.append(row)
+        assert any(row) or alternate, "no device can go on"
     if backward and schedule == "1f1b" and len(rows) % 2:
         rows.append((None,) * num_devices)
-    return Order(schedule, num_devices, num_stages, num_microbatches, tuple(rows))
+    return Order(schedule, num_devices, num_devices * num_runs, num_microbatches, tuple(rows))
+
+
+class _Device:
+    """What one device has still to do: its passes forward and backward, each in order. Microbatches go through its runs
+    of layers in groups as large as the pipeline."""
+
+    def __init__(self, schedule: str, device: int, num_devices: int, num_runs: int, num: int, backward: bool) -> None:
+        groups = [range(first, min(first + num_devices, num)) for first in range(0, num, num_devices)]
+        stages = [run * num_devices + device for run in range(num_runs)]
+
+        def passes(kind: str, stages: Sequence[int]) -> list[Pass]:
+            return [Pass(kind, stage, i) for group in groups for stage in stages for i in group]
+
+        self.num_stages, self.backward = num_devices * num_runs, backward
+        self.forward, self.back = passes(FORWARD, stages), passes(BACKWARD, stages[::-1]) if backward else []
+        behind = num_devices - device - 1
+        ahead = behind if num_runs == 1 else 2 * behind + (num_runs - 1) * num_devices
+        self.most = ahead + 1 if backward and schedule == "1f1b" else len(self.forward)
+        self.all_first = schedule == "gpipe"
+        self.in_work = 0
+
+    @property
+    def left(self) -> bool:
+        return bool(self.forward or self.back)
+
+    def next(self, done: Mapping[Pass, int], kinds: Sequence[str]) -> Pass | None:
+        """The pass to do now, of one of these kinds; None to wait."""
+        for kind in kinds:
+            queue = self.forward if kind == FORWARD else self.back
+            may = self.in_work < self.most if kind == FORWARD else not (self.all_first and self.forward)
+            if queue and may and all(p in done for p in self._needed(queue[0])):
+                self.in_work += 1 if kind == FORWARD else -1
+                return queue.pop(0)
+        return None
+
+    def _needed(self, p: Pass) -> list[Pass]:
+        """What must be done before a pass."""
+        if p.kind == FORWARD:
+            return [Pass(FORWARD, p.stage - 1, p.microbatch)] if p.stage else []
+        after = [Pass(BACKWARD, p.stage + 1, p.microbatch)] if p.stage + 1 < self.num_stages else []
+        return [Pass(FORWARD, p.stage, p.microbatch), *after]
 
 
 def order_in(text: str) -> tuple[Order, range] | None:
@@ -141,32 +177,6 @@ def order_in(text: str) -> tuple[Order, range] | None:
         return None
     num_devices, num_runs, num_microbatches, backward, *ticks = map(int, found.groups()[1:])
     return ordered(found[1], num_devices, num_runs, num_microbatches, bool(backward)), range(*ticks)
-
-
-def _needed(p: Pass, num_stages: int, backward: bool) -> Iterable[Pass]:
-    """What must be done before a pass."""
-    if p.kind == FORWARD:
-        return [Pass(FORWARD, p.stage - 1, p.microbatch)] if p.stage else []
-    after = [Pass(BACKWARD, p.stage + 1, p.microbatch)] if p.stage + 1 < num_stages else []
-    return [Pass(FORWARD, p.stage, p.microbatch), *after]
-
-
-def _queue(schedule: str, device: int, num_devices: int, num_runs: int, num: int, backward: bool) -> list[Pass]:
-    """One device's passes in order: microbatches go through its runs of layers in groups as large as the pipeline."""
-
-    def passes(kind: str, runs: Iterable[int]) -> list[Pass]:
-        groups = [range(first, min(first + num_devices, num)) for first in range(0, num, num_devices)]
-        stages = [run * num_devices + device for run in runs]
-        return [Pass(kind, stage, i) for group in groups for stage in stages for i in group]
-
-    forward, back = passes(FORWARD, range(num_runs)), passes(BACKWARD, reversed(range(num_runs)))
-    if not backward:
-        return forward
-    behind = num_devices - device - 1
-    first = behind if num_runs == 1 else 2 * behind + (num_runs - 1) * num_devices
-    first = len(forward) if schedule == "gpipe" else min(first, len(forward))
-    turns = [p for pair in zip(forward[first:], back, strict=False) for p in pair]
-    return forward[:first] + turns + back[len(forward) - first :]
 
 
 @dataclass(frozen=True)

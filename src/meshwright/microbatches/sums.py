@@ -34,8 +34,8 @@ _LINEAR = {
     "rev", "stop_gradient", "name", "dynamic_slice",
 }  # fmt: skip
 _CALLS = {
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "remat": "jaxpr", "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr",
 }  # fmt: skip
 _SAME_VALUES = {"convert_element_type", "reshape", "transpose", "slice", "dynamic_slice", "squeeze", "copy", "name"}
 """What hands on its first operand's values, so that its gradient is the operand's."""
@@ -71,10 +71,10 @@ def _of_equation(eqn: Any, given: list[str]) -> list[str]:
         return kinds(body, given)
     if name == "scan":
         return _of_scan(eqn, given)
-    if name in ("cond", "while"):
-        return [_of_branches(eqn, given)] * num
     if name == "name" and eqn.params["name"] == SUMMED:
         return [SHIFTED if given[0] == SHIFTED else SUM]
+    if any(_holds_sum(value) for value in eqn.params.values()):
+        raise _not_linear(eqn)
     if not any(kind in _SUMS for kind in given):
         return [PART if PART in given else SAME] * num
     return [_of_linear(eqn, name, given)] * num
@@ -120,16 +120,15 @@ def _joined(one: str, two: str) -> str:
     return max(one, two, key=order.index)
 
 
-def _of_branches(eqn: Any, given: list[str]) -> str:
-    if any(kind in _SUMS for kind in given):
-        raise _not_linear(eqn)
-    for branch in (p for p in eqn.params.values() if isinstance(p, ClosedJaxpr | tuple)):
-        for body in branch if isinstance(branch, tuple) else (branch,):
-            if isinstance(body, ClosedJaxpr) and any(
-                k in _SUMS for k in kinds(body.jaxpr, [PART] * len(body.in_avals))
-            ):
-                raise _not_linear(eqn)
-    return PART if PART in given else SAME
+def _holds_sum(value: Any) -> bool:
+    """Whether a parameter of an equation is a function (or several) in which a sum is marked."""
+    if isinstance(value, tuple | list):
+        return any(map(_holds_sum, value))
+    jaxpr = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+    return isinstance(jaxpr, Jaxpr) and any(
+        (eqn.primitive.name == "name" and eqn.params["name"] == SUMMED) or any(map(_holds_sum, eqn.params.values()))
+        for eqn in jaxpr.eqns
+    )
 
 
 def _not_linear(eqn: Any) -> ValueError:
