@@ -141,7 +141,8 @@ def test_only_one_microbatch_is_in_memory() -> None:
 
     def temporaries(**options: Any) -> int:
         inside = Way("data=2", "batch:data", options).region(deep)
-        return jax.jit(jax.value_and_grad(inside)).lower(wide, x).compile().memory_analysis().temp_size_in_bytes
+        compiled: Any = jax.jit(jax.value_and_grad(inside)).lower(wide, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(microbatches=8) < temporaries() / 5
 

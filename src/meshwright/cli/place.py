@@ -46,6 +46,13 @@ class Where:
     """When a parameter at rest is gathered: at each use, or once a step."""
     sums: str | None = None
     """The dtype of sums across devices: "float32" with --dtype bfloat16 loses less. None: as they are computed."""
+    microbatches: str | None = None
+    """In how many parts a batch is worked on, one after the other: "8". With the layers split ("layers:pipe") they go
+    through a pipeline."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """The order of a pipeline's forward and backward passes."""
+    virtual_stages: int = 1
+    """How many separate runs of layers each device of a pipeline has."""
     partitioner: Literal["names", "xla"] = "names"
     """Who makes the collectives: this package from the names, or XLA's partitioner."""
 
@@ -73,6 +80,9 @@ class Where:
             optimizer=self.optimizer,
             gather=self.gather,
             sums=self.sums,
+            microbatches=self.microbatches,
+            schedule=self.schedule,
+            virtual_stages=self.virtual_stages,
             strict=True,
         )
 
