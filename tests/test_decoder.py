@@ -21,7 +21,7 @@ from meshwright.models import Decoder, DecoderConfig
 from meshwright.nn import cross_entropy
 
 from .laws import Way, assert_same, tensor
-from .stablehlo import communicated
+from .stablehlo import communicated, traffic_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import handwritten
@@ -82,6 +82,17 @@ LAYOUTS = [
     ("a=2,b=2,c=2", "group:a, ff:(b,a), vocab:(a,b), batch:c", {"params": "embed:b", "gather": "step"}),
     ("x=8", "embed:x", {}),
 ]
+CONTEXT = [
+    ("context=4", "length:context", {}),
+    ("data=2,model=2,context=2", f"batch:data, {TENSOR}, length:context", {}),
+    ("data=2,context=4", "batch:data, length:context", {"params": "embed:(data,context)"}),
+    ("context=4", "length:context, attention_heads:context", {}),
+    ("model=2,context=2", f"{TENSOR}, length:context, attention_heads:(model,context)", {"params": "embed:context"}),
+    ("context=2", "length:context, attention_group:context", {}),
+    ("model=2,context=2", f"{TENSOR}, length:context, residual_length:(context,model)", {}),
+    ("ring=2,heads=2", "length:(ring,heads), attention_heads:heads", {}),
+]
+"""The length split: round a ring, by heads, by query heads, with tensor and sequence parallelism, and both at once."""
 
 
 def _train(model: Decoder, loss: Any, steps: int = 3) -> Any:
@@ -111,7 +122,7 @@ def _on_one_device() -> Any:
 
 
 @pytest.mark.parametrize("partitioner", ["names", "xla"])
-@pytest.mark.parametrize(("mesh", "layout", "options"), LAYOUTS, ids=[f"{mesh} {rules}" for mesh, rules, _ in LAYOUTS])
+@pytest.mark.parametrize(("mesh", "layout", "options"), LAYOUTS + CONTEXT, ids=str)
 def test_three_steps_are_the_same_under_every_layout(
     model: Decoder, mesh: str, layout: str, options: dict[str, Any], partitioner: str
 ) -> None:
@@ -147,8 +158,9 @@ def test_tensor_parallelism_is_two_all_reduces_a_layer_each_way() -> None:
 def test_tensor_parallelism_sums_five_times_besides_the_layers() -> None:
     """The embedding, and for the loss its maximum, its sum, its target and the gradient of its input."""
     program = jax.jit(jax.value_and_grad(Way("model=2", TENSOR).region(_loss)))
-    found = communicated(program, _shapes(2), *_batch())
-    assert [kind for kind, _ in found] == ["all_reduce"] * (4 + 5), "the body of the scan over layers stands once"
+    found = traffic_of(program.lower(_shapes(3, unroll=False), *_batch()), {"model": 2})
+    runs = [times for (kind, _, _, times), count in found.items() for _ in range(count) if kind == "all_reduce"]
+    assert sorted(runs) == [1] * 5 + [3] * 4 and len(runs) == found.total()
 
 
 def test_fsdp_reduce_scatters_gradients_and_never_all_reduces_a_parameter() -> None:

@@ -254,6 +254,27 @@ def test_attention_under_a_causal_mask_counts_half() -> None:
         assert times.mfu * times.seconds * 1e12 == pytest.approx(share * flops)
 
 
+@pytest.mark.parametrize("layout", ["batch:data, heads:model", "batch:data, length:model"])
+@pytest.mark.parametrize("length", [256, 1024, 4096])
+def test_attention_by_blocks_counts_half(layout: str, length: int) -> None:
+    """The same half whether a block is whole, or queries are parts that leave out the keys after them, or turns of a
+    ring. Scores made again are no part of the model's."""
+    args = (shapes(f"batch=16 length={length} heads=8 head_dim=64"),) * 3
+    half = 2 * (16 * 8 // 8) * length**2 * 64 // 2  # of scores, or of their use, on one of eight devices
+    drift = 2 * (16 * 8 // 8) * length * 64  # results times their gradients
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> jax.Array:
+        return mw.sum(mw.attention(q, k, v, causal=True))
+
+    mesh = mw.Mesh("data=4, model=2", topology="tpu:v5p:2x2x2")
+    region, placed = mw.spmd(loss, mesh, mw.Layout(layout)), mw.shard(args, mesh, mw.Layout(layout))
+    times = mw.plan(region, *placed).time(FLAT)
+    assert times.mfu * times.seconds * 1e12 == pytest.approx(2 * half)
+    times = mw.plan(jax.grad(region, (0, 1, 2)), *placed).time(FLAT)
+    assert times.mfu * times.seconds * 1e12 == pytest.approx(6 * half + drift)
+    assert times.hfu * times.seconds * 1e12 == pytest.approx(7 * half + drift)
+
+
 def test_the_gradient_of_attention_counts_half_and_that_of_experts_whole() -> None:
     """Experts' gradients are products of two activations with a batch dim as well."""
 

@@ -1,7 +1,8 @@
 """The plan's floating-point operations against counts made by hand.
 
 The transformer's are those of the usual formula: two for each parameter of a matrix and token, and for attention two
-products of the heads with each other; the backward pass does twice that.
+products of the heads with each other; the backward pass does twice that. Attention keeps no scores, and makes them
+again for its gradient.
 """
 
 import collections
@@ -30,7 +31,11 @@ QUERIES, KEYS = CONFIG.heads * CONFIG.group * CONFIG.head_dim, CONFIG.heads * CO
 LAYER = 2 * TOKENS * CONFIG.embed * (2 * QUERIES + 2 * KEYS + 3 * CONFIG.ff)
 """The matrices of one layer: queries, keys, values, output; gate, up, down."""
 ATTENTION = 2 * 2 * BATCH * QUERIES * LENGTH * LENGTH
-"""Scores and their use, of one layer; the causal half is not left out, as the program does not leave it out."""
+"""Scores and their use, of one layer; so few tokens are one block, whose causal half is not left out."""
+SCORES = CONFIG.layers * ATTENTION // 2
+"""Of all layers."""
+DRIFT = CONFIG.layers * 2 * TOKENS * QUERIES
+"""Attention's results times their gradients, summed over the head: all that its backward pass has beyond the usual."""
 HEAD = 2 * TOKENS * CONFIG.embed * CONFIG.vocab
 FORWARD = CONFIG.layers * (LAYER + ATTENTION) + HEAD
 DOWN = 2 * TOKENS * CONFIG.ff * CONFIG.embed
@@ -69,21 +74,22 @@ def test_the_forward_pass(mesh: str, layout: str, options: dict[str, Any], parts
 @pytest.mark.parametrize(("mesh", "layout", "options", "parts"), LAYOUTS)
 def test_the_backward_pass_is_twice_the_forward(mesh: str, layout: str, options: dict[str, Any], parts: int) -> None:
     flops = _decoder(mesh, layout, options, gradient=True).flops
-    assert flops.matmul == 3 * FORWARD // parts
+    assert flops.matmul == (3 * FORWARD + SCORES + DRIFT) // parts
     by_direction: collections.Counter[str] = collections.Counter()
     for work in flops.works:
         if work.kind == "matmul":
             by_direction[str(work.origin.direction)] += work.flops
-    assert by_direction == {"forward": FORWARD // parts, "backward": 2 * FORWARD // parts}
+    expected = {"forward": FORWARD, "backward": 2 * FORWARD + DRIFT, "recompute": SCORES}
+    assert by_direction == {direction: num // parts for direction, num in expected.items()}
 
 
 @pytest.mark.parametrize(("mesh", "layout", "options", "parts"), LAYOUTS)
 @pytest.mark.parametrize("remat", ["nothing", "dots"])
 def test_rematerialised_layers(mesh: str, layout: str, options: dict[str, Any], parts: int, remat: str) -> None:
     flops = _decoder(mesh, layout, options, gradient=True, remat=remat).flops
-    again = CONFIG.layers * (LAYER + ATTENTION - DOWN) if remat == "nothing" else 0
+    again = SCORES + (CONFIG.layers * (LAYER + ATTENTION - DOWN) if remat == "nothing" else 0)
     assert sum(w.flops for w in flops.works if w.recomputed and w.kind == "matmul") == again // parts
-    assert flops.matmul == (3 * FORWARD + again) // parts
+    assert flops.matmul == (3 * FORWARD + DRIFT + again) // parts
     assert flops.useful + flops.recomputed == flops.total
 
 
@@ -92,7 +98,10 @@ def test_work_over_an_axis_that_splits_nothing_is_duplicated() -> None:
     alone, twice = (_decoder(mesh, "", {}, gradient=True).flops for mesh in ("x=1", "x=2"))
     assert alone.duplicated == 0
     assert twice.total == alone.total
-    assert sum(w.flops - w.flops // w.copies for w in twice.works if w.kind == "matmul") == 3 * FORWARD // 2
+    assert (
+        sum(w.flops - w.flops // w.copies for w in twice.works if w.kind == "matmul")
+        == (3 * FORWARD + SCORES + DRIFT) // 2
+    )
     split = _decoder("data=4,x=2", "batch:data", {}, gradient=True).flops
     assert all(w.copies in (2, 8) for w in split.works), "the axis x splits nothing; data not the scalars"
 

@@ -3,18 +3,21 @@
 RMSNorm before each layer, rotary positions, grouped queries, gated feed-forward layers, the layers scanned. How it is
 split is said elsewhere, by the layout; the names that a layout can speak of:
 
-=================  =============================================================
-``batch``          sequences
-``length``         positions, where tokens, queries and logits are
-``residual_length``  positions, in the residual stream between layers
-``kv_length``      positions, where keys and values are
-``embed``          the residual stream
-``heads``          key/value heads; ``group``: query heads for each
-``head_dim``       the size of a head
-``ff``             the feed-forward layers' width
-``vocab``          tokens
-``layers``         layers
-=================  =============================================================
+====================  ================================================================
+``batch``             sequences
+``length``            positions
+``residual_length``   positions, in the residual stream between layers
+``attention_length``  positions, while tokens look at one another
+``embed``             the residual stream
+``heads``             key/value heads; ``attention_heads`` while tokens look at one another
+``group``             query heads for each; ``attention_group`` likewise
+``head_dim``          the size of a head
+``ff``                the feed-forward layers' width
+``vocab``             tokens
+``layers``            layers
+====================  ================================================================
+
+A name that says where is split as the plain one unless the layout speaks of it (``inherit.py``).
 """
 
 import dataclasses
@@ -52,6 +55,8 @@ class DecoderConfig:
     """Size of a head; even, for the rotary positions turn pairs."""
     ff: int = 1024
     """Width of the feed-forward layers."""
+    window: int | None = None
+    """Tokens that a token sees, itself among them: a sliding window. None: all before it."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
@@ -67,6 +72,8 @@ class DecoderConfig:
         for field in ("vocab", "embed", "layers", "heads", "group", "head_dim", "ff"):
             if getattr(self, field) < 1:
                 raise fail(f"DecoderConfig: {field} is {getattr(self, field)}; it must be at least 1.")
+        if self.window is not None and self.window < 1:
+            raise fail(f"DecoderConfig: window is {self.window}; a token sees itself at least, 1. None is no limit.")
         if self.head_dim % 2:
             raise fail(f"DecoderConfig: head_dim is {self.head_dim}; it must be even, for rotary positions turn pairs.")
 
@@ -86,11 +93,12 @@ class Block(eqx.Module):
         attention, mlp = jax.random.split(key)
         scale = 0.5 / config.layers
         self.attention_norm = RMSNorm(embed, epsilon=config.norm_eps)
-        self.attention = Attention(embed, heads, group, head_dim, key=attention, scale=scale)
+        self.attention = Attention(embed, heads, group, head_dim, key=attention, window=config.window, scale=scale)
         self.mlp_norm = RMSNorm(embed, epsilon=config.norm_eps)
         self.mlp = GatedMLP(embed, ff, key=mlp, scale=scale)
 
     def __call__(self, x: Tensor, turn: Rotation, segments: Tensor | None = None) -> Tensor:
+        """(batch, residual_length, embed) to the same; ``turn`` and ``segments`` as for ``Attention``."""
         h = self.attention_norm(x).rename(residual_length="length")
         x = x + self.attention(h, turn, segments).rename(length="residual_length")
         h = self.mlp_norm(x).rename(residual_length="length")
@@ -127,6 +135,8 @@ class Decoder(eqx.Module):
         x = self.embedding(ids, config.dtype).rename(length="residual_length")
         at = arange(ids.dim("length")) if positions is None else positions
         turn = rotation(at, Dim("head_dim", config.head_dim), config.rope_base)
+        if segments is not None:
+            segments = segments.rename(length="attention_length")
 
         def layer(x: Tensor, block: Any) -> Tensor:
             return block(x, turn, segments)

@@ -1,26 +1,38 @@
 """Attention with rotary positions and grouped queries.
 
 Dims: ``heads`` counts the key and value heads and ``group`` the query heads that share one of them, so one rule
-(``heads:model``) splits queries, keys and values alike. ``length`` is the queries' length, ``kv_length`` the keys'.
-"""
+(``heads:model``) splits queries, keys and values alike.
 
-import math
+While tokens look at one another, ``length``, ``heads`` and ``group`` are called ``attention_length``,
+``attention_heads`` and ``attention_group``, which lie as they do unless the layout speaks of them (``inherit.py``). So
+the layout alone says how attention runs where the length is split:
+
+===================================================  ==========================================================
+``length:context``                                   keys and values go round a ring; the renames move nothing
+``length:context, attention_heads:context``          the renames are all-to-alls, from the length to heads and back
+                                                     (DeepSpeed-Ulysses: Jacobs et al., 2023)
+``length:context, attention_group:context``          the same for queries where there are too few key heads; keys
+                                                     and values are gathered along the length
+===================================================  ==========================================================
+"""
 
 import equinox as eqx
 import jax
 
 from ..dims import Dim
 from ..ops.along import roll
+from ..ops.attention import attention
 from ..ops.contract import einsum
-from ..ops.elementwise import add, cos, equal, less, logical_and, mod, multiply, negative, sin, where
-from ..ops.making import arange, causal_mask
-from ..ops.reduce import softmax
+from ..ops.elementwise import add, cos, less, mod, multiply, negative, sin, where
+from ..ops.making import arange
 from ..tensor import Tensor
 from .linear import Linear
 
 Rotation = tuple[Tensor, Tensor]
 
-_MASKED = -1e30
+_QUERIES = {"length": "attention_length", "heads": "attention_heads", "group": "attention_group"}
+_KEYS = {"length": "attention_length", "heads": "attention_heads"}
+_BACK = {new: old for old, new in _QUERIES.items()}
 
 
 class Attention(eqx.Module):
@@ -29,6 +41,7 @@ class Attention(eqx.Module):
     Args:
         embed: the dim of the residual stream.
         heads, group, head_dim: key/value heads, query heads for each, and the size of a head.
+        window: how many tokens a token sees, itself among them; None: all before it.
         scale: a factor on the output projection's variance.
     """
 
@@ -36,6 +49,7 @@ class Attention(eqx.Module):
     key: Linear
     value: Linear
     out: Linear
+    window: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -45,6 +59,7 @@ class Attention(eqx.Module):
         head_dim: Dim,
         *,
         key: jax.Array,
+        window: int | None = None,
         scale: float = 1.0,
     ) -> None:
         q, k, v, o = jax.random.split(key, 4)
@@ -52,6 +67,7 @@ class Attention(eqx.Module):
         self.key = Linear(embed, (heads, head_dim), key=k)
         self.value = Linear(embed, (heads, head_dim), key=v)
         self.out = Linear((heads, group, head_dim), embed, key=o, scale=scale)
+        self.window = window
 
     def __call__(self, x: Tensor, turn: Rotation | None = None, segments: Tensor | None = None) -> Tensor:
         """(batch, length, embed) to the same.
@@ -59,32 +75,14 @@ class Attention(eqx.Module):
         Args:
             x: the tokens' vectors.
             turn: the ``rotation`` of their positions, the same for every layer; None for no positions.
-            segments: integers; tokens attend to earlier ones of their own segment.
+            segments: integers, (batch, attention_length); tokens attend to earlier ones of their own segment.
         """
-        length = x.dim("length")
         q, k, v = self.query(x), self.key(x), self.value(x)
         if turn is not None:
             q, k = rotary(q, turn), rotary(k, turn)
-        k, v = k.rename(length="kv_length"), v.rename(length="kv_length")
-        mask = causal_mask(length, k.dim("kv_length"))
-        if segments is not None:
-            mask = _same(segments, segments.rename(length="kv_length"), mask)
-        return self.out(attend(q, k, v, mask))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q . k / sqrt(head_dim)) . v over ``kv_length``, the softmax in float32."""
-    q = q * (1.0 / math.sqrt(q.size("head_dim")))
-    names = tuple(n for n in q.names if n not in ("length", "head_dim"))
-    scores = einsum(q, k, out=(*names, "length", "kv_length"), preferred_element_type="float32")
-    weights = softmax(where(mask, scores, _MASKED), "kv_length").astype(v.dtype)
-    return einsum(weights, v, out=q.names)
-
-
-def _same(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-    """The mask where query and key are of one segment as well."""
-    both = mask.broadcast(queries.dim("batch"))
-    return logical_and(both, equal(queries.broadcast(keys.dim("kv_length")), keys.broadcast(queries.dim("length"))))
+        q, k, v = q.rename(**_QUERIES), k.rename(**_KEYS), v.rename(**_KEYS)
+        out = attention(q, k, v, over="attention_length", causal=True, window=self.window, segments=segments)
+        return self.out(out.rename(**_BACK))
 
 
 def rotation(positions: Tensor, head_dim: Dim, base: float) -> Rotation:

@@ -14,6 +14,7 @@ queries that share a key's head. Queries come scaled.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -24,6 +25,8 @@ LEAST_KEYS = 64
 MOST_PARTS = 16
 """Parts of the queries, each with the keys that it can see, at most: each is traced by itself."""
 _UNSEEN = -1e30
+_AGAIN = "rematted_computation"
+"""What JAX calls operations that it does again for the backward pass: profilers and the plan tell them by it."""
 
 
 class Tokens(NamedTuple):
@@ -183,7 +186,8 @@ def _range(tokens: Tokens, first: int, last: int) -> Tokens:
 
 def _see_block_back(of: Kept, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array, Array]:
     q, gradient = of.q, of.gradient
-    weights = _weights(_scores(q, k, mask), of.log_total, mask)
+    with jax.named_scope(_AGAIN):
+        weights = _weights(_scores(q, k, mask), of.log_total, mask)
     wide: Any = {"preferred_element_type": jnp.float32}
     to_v = jnp.einsum("bhgnm,bhgne->bhme", weights.astype(gradient.dtype), gradient, **wide)
     slope = jnp.einsum("bhgne,bhme->bhgnm", gradient, v, **wide)
