@@ -176,10 +176,12 @@ LAYOUTS = [
     *test_decoder.LAYOUTS,
     ("data=4", "batch:data", {"optimizer": "embed:data"}),
     ("data=2,model=4", f"batch:data, {test_decoder.TENSOR}", {"optimizer": "data"}),
+    *test_decoder.CONTEXT,
 ]
 IDS = [f"{mesh} {rules} {options}" for mesh, rules, options in LAYOUTS]
-FEW = [LAYOUTS[i] for i in (2, 3, 7, 9, 12, 15)]
-"""At rest, gathered once a step, with tensor and sequence parallelism, two axes for one dim, and ZeRO-1."""
+FEW = [LAYOUTS[i] for i in (2, 3, 7, 9, 12, 15, 18, 20)]
+"""At rest, gathered once a step, with tensor and sequence parallelism, two axes for one dim, ZeRO-1, a ring with FSDP,
+and heads split instead of the length."""
 
 
 def _place(mesh: str, layout: str, options: Mapping[str, Any]) -> Place:

@@ -24,11 +24,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ..dims import Dim, Dims, find, show, without
 from ..errors import fail
+from ..scope import current_manual
 from ..tensor import Tensor, make
+from .attended import Attended, Lying
 from .blocks import Sight
 from .lowering import align, axes_of, check_operand, copied, local_sizes, run, wanted
 from .ring import Ring, attend
@@ -78,9 +81,12 @@ def attention(
     factor = 1.0 / math.sqrt(head.size) if scale is None else scale
     ends = marked, shared, group
     out = tuple(out_head if d.name == summed else d for d in q.dims)
+    told = Attended(over, summed, causal, ring.sight.window, *map(_lying, (q, k, v))).text
 
     def on_arrays(*arrays: Any) -> Any:
-        queries = _merged(arrays[0] * jnp.asarray(factor, q.dtype), q.dims, (*ends, (length,), (head,)))
+        with jax.named_scope(told):
+            scaled = arrays[0] * jnp.asarray(factor, q.dtype)
+        queries = _merged(scaled, q.dims, (*ends, (length,), (head,)))
         keys = _merged(arrays[1], k.dims, (marked, shared, (length,), (head,)))
         values = _merged(arrays[2], v.dims, (marked, shared, (length,), (out_head,)))
         same = _merged(arrays[3], segments.dims, (marked, (length,))) if segments is not None else None
@@ -98,6 +104,11 @@ def attention(
 def _ring(length: Dim, sight: Sight) -> Ring:
     split = axes_of(length)
     return Ring(sight, split[1], split[0].size(split[1])) if split else Ring(sight)
+
+
+def _lying(x: Tensor) -> Lying:
+    scope = current_manual()
+    return Lying(x.dims, scope.split(x.dims, "attention") if scope is not None else ((),) * x.ndim, str(x.dtype))
 
 
 def _merged(array: Any, have: Dims, groups: Sequence[Dims]) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 from .. import collectives
 from ..dims import Dims
 from ..scope import Axes, Scope, Split
-from ..tensor import Tensor, make
+from ..tensor import Tensor, make, told
 
 
 def relayout(array: Any, old: Split, new: Split, partial: Axes, scope: Scope) -> tuple[Any, Split, Axes]:
@@ -58,7 +58,8 @@ def move(x: Tensor, after: Dims, asked: str) -> Any:
     The move begins with what is held: axes at rest are axes over which a dim is split, and go where it goes.
     """
     scope = here(x)
-    array, rest, partial = relayout(x.held, held_split(x, asked), scope.split(after, asked), x.pending, scope)
+    with told(after):
+        array, rest, partial = relayout(x.held, held_split(x, asked), scope.split(after, asked), x.pending, scope)
     return moved_to(array, after, x, asked, rest, partial)
 
 

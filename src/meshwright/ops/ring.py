@@ -44,6 +44,11 @@ class Ring:
         """Whether each device takes two halves of its ``length`` tokens."""
         return self.num > 1 and self.sight.causal and self.sight.window is None and length % 2 == 0
 
+    def ways(self, which: int) -> list[tuple[int, int]]:
+        """From each device to the one that works on its first (0) or second (1) half."""
+        at = [2 * device + which for device in range(self.num)]
+        return [(device, min(place, 2 * self.num - 1 - place)) for device, place in enumerate(at)]
+
     def walks(self, length: int) -> list[tuple[int, int]]:
         """In which direction keys go round, and how far. Devices beyond see nothing of them."""
         window, most = self.sight.window, self.num - 1
@@ -118,9 +123,7 @@ class _Device:
 
     def _bring(self, half: Array, which: int, home: bool = False) -> Array:
         """Every device's first or second half to the device that works on it, or back."""
-        num = self.ring.num
-        at = [2 * device + which for device in range(num)]
-        pairs = [(device, min(place, 2 * num - 1 - place)) for device, place in enumerate(at)]
+        pairs = self.ring.ways(which)
         return collectives.permute(half, self.ring.axes, [(b, a) for a, b in pairs] if home else pairs)
 
     def tokens(self, piece: Any, which: Which, device: Array) -> Tokens:

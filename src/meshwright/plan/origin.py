@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import belongs_to_a_library
+from ..ops.attended import Attended
 
 FORWARD, BACKWARD, RECOMPUTE, UPDATE = "forward", "backward", "recompute", "update"
 
@@ -38,6 +39,8 @@ class Origin:
     file: str
     """The user's file; empty when no line of the user's is known."""
     line: int
+    attended: Attended | None = None
+    """Of the operation that scales an attention's queries, once for each: what that attention is of."""
 
     @property
     def place(self) -> str:
@@ -57,7 +60,8 @@ def origin_of(chain: Sequence[Any], primitive: str, inside: bool) -> Origin:
     operation, file, line = _called(tuple(info.traceback for info in chain))
     told = next((found for stack in stacks if (found := _DIMS.findall(stack))), None)
     dims = tuple(told[-1].split()) if told else ()
-    return Origin(_direction(stacks, inside), operation or primitive, dims, file, line)
+    attended = Attended.read(stacks[0]) if primitive == "mul" else None
+    return Origin(_direction(stacks, inside), operation or primitive, dims, file, line, attended)
 
 
 def _direction(stacks: Sequence[str], inside: bool) -> str:

@@ -6,8 +6,8 @@ collective takes what its network says (``network.py``).
 
 A device has one unit that computes and ports to its networks: on a torus one for each axis (a group along several uses
 that of the first), else one for the switch and one for the slow network. Each takes what has been ready longest, so
-what needs no result of a running collective goes on beside it. Between the turns of a loop nothing overlaps, and
-where the hardware cannot overlap, everything runs in one line.
+what needs no result of a running collective goes on beside it: a whole loop too, if it has no collectives. Between the
+turns of a loop nothing overlaps, and where the hardware cannot overlap, everything runs in one line.
 
     seconds = compute + HBM + the time that only collectives run
 
@@ -221,7 +221,7 @@ class _Scheduler:
             span = self._span(block.nodes[i], touched)
             start = since
             if span.seconds:
-                port = self._port(span.stream)
+                port = self._port(span)
                 start = max(since, max(free.values(), default=0.0) if port == "" else max(free[port], free[""]))
                 free[port] = start + span.seconds
                 spans.append(dataclasses.replace(span, start_seconds=start))
@@ -232,13 +232,15 @@ class _Scheduler:
                     heapq.heappush(queue, (ready[j], j))
         return max(free.values(), default=0.0), _with_alone(spans)
 
-    def _port(self, stream: str) -> str:
+    def _port(self, span: Span) -> str:
         """The unit that a span keeps busy; "" keeps all of them."""
-        if stream == LOOP or not self.machine.hardware.overlap:
+        if not self.machine.hardware.overlap:
             return ""
-        if stream in (COMPUTE, HBM):
+        if span.stream == LOOP:
+            return "" if any(inner.stream not in (COMPUTE, HBM) for inner, _ in every_span(span.inside)) else COMPUTE
+        if span.stream in (COMPUTE, HBM):
             return COMPUTE
-        axes = tuple(stream.split(" x "))
+        axes = tuple(span.stream.split(" x "))
         path = self.machine.path(axes)
         return "slow" if path.slow else axes[0] if path.stretches else "switch"
 

@@ -14,6 +14,7 @@ from ..devices import counted
 from ..explain import show_bytes
 from ..scope import Axes
 from ..tensor import ACTIVATION, PARAMETER
+from .context import contexts_of
 from .known import Known, Ran, axes_of
 from .network import in_order
 from .origin import FORWARD, Origin
@@ -35,7 +36,7 @@ class PlanWarning:
 
     kind: str
     """``unknown``, ``duplicated``, ``gathered``, ``summed``, ``replicated``, ``small_batch``, ``slow_network``,
-    ``uneven``, ``thin`` or ``memory``."""
+    ``uneven``, ``thin``, ``attention`` or ``memory``."""
     file: str
     line: int
     message: str
@@ -450,6 +451,42 @@ def _weight_axes(op: Op, known: Known) -> Axes:
     return known.splitting(weight)
 
 
+def _attention(known: Known) -> Iterator[PlanWarning]:
+    """Attention round a ring where another dim split instead were cheaper, or the reverse: by time on a machine that is
+    known, or else by bytes."""
+    total = _traffic(known)
+    for each in contexts_of(known):
+        here, there = (each.ring, each.moved) if each.around else (each.moved, each.ring)
+        saved = here.sent_bytes - there.sent_bytes
+        slower = None if here.seconds is None or there.seconds is None else here.seconds - there.seconds
+        if (saved if slower is None else slower) <= 0 or here.sent_bytes < SHARE * total:
+            continue
+        ring, moved = (f"{show_bytes(way.sent_bytes)}{_unhidden(way.seconds)}" for way in (each.ring, each.moved))
+        over, length = " x ".join(each.axes), each.of.over
+        yield PlanWarning(
+            "attention",
+            each.origin.file,
+            each.origin.line,
+            f"Attention over {_over(each.axes, known)} sends {ring} a device round a ring, and {moved} with {each.dim} "
+            f"split while it runs, not {length}. This is {'the ring' if each.around else 'the latter'}.",
+            max(0, saved),
+            slower,
+            f"Split {each.dim} over {over} too, while attention runs: in the decoder's layout "
+            f"{each.dim}:{_rule((*each.of.k.axes_of(each.dim), *each.axes))}. Each device then sees the whole length."
+            if each.around
+            else f"Leave {length} split over {over}: in the decoder's layout, attention is a ring where no rule gives "
+            f"{each.dim} that axis.",
+        )
+
+
+def _unhidden(seconds: float | None) -> str:
+    return "" if seconds is None else f" ({1e3 * seconds:.3g} ms that no product hides)"
+
+
+def _rule(axes: Axes) -> str:
+    return axes[0] if len(axes) == 1 else f"({','.join(axes)})"
+
+
 def _memory(known: Known) -> Iterator[PlanWarning]:
     """More than the device has."""
     there = known.machine.hardware.memory_bytes if known.machine is not None else 0
@@ -472,4 +509,5 @@ def _memory(known: Known) -> Iterator[PlanWarning]:
 
 _CHECKS: tuple[Callable[[Known], Iterator[PlanWarning]], ...] = (
     _unknown, _memory, _duplicated, _gathered, _summed, _replicated, _small_batch, _slow_network, _uneven, _thin,
+    _attention,
 )  # fmt: skip
