@@ -10,6 +10,8 @@ What XLA's CPU compiler rewrites is stated here, and each rewrite has a test of 
 - ``cse``: of identical collectives of identical operands it keeps one. This pass is switched off where bytes are
   compared. With it a program moves the same or less.
 - ``algsimp``: the gather of a constant is a constant. This one is switched off too where a program gathers constants.
+- ``while-loop-invariant-code-motion``: what each turn of a loop sends alike is sent once before it: the numbers of
+  documents round a ring, in each layer's backward pass. Switched off as well where bytes are compared.
 - bfloat16: the CPU has no bfloat16 arithmetic, so it moves such arrays as float32, in twice the bytes.
 
 Under ``partitioner="xla"`` the collectives are XLA's to choose: there the plan says so, or is exact all the same.
@@ -45,7 +47,7 @@ Counts = collections.Counter[tuple[str, tuple[str, ...], int]]
 """How often a collective of a kind, over these axes, of these bytes, runs in all."""
 
 NO_MERGING = {"xla_disable_hlo_passes": "cse"}
-AS_WRITTEN = {"xla_disable_hlo_passes": "cse,algsimp"}
+AS_WRITTEN = {"xla_disable_hlo_passes": "cse,algsimp,while-loop-invariant-code-motion"}
 
 
 def _sizes(mesh: str) -> dict[str, int]:
@@ -251,6 +253,15 @@ def test_a_gathered_constant_is_compiled_as_a_constant() -> None:
     p, sizes = plan(run, x), _sizes(way.mesh)
     assert _planned(p, sizes) == {("all_gather", ("x",), 128): 1} == _compiled(p, sizes)
     assert _compiled(p, sizes, NO_MERGING) == {}
+
+
+def test_what_each_turn_sends_alike_is_compiled_before_the_loop() -> None:
+    way = Way("x=2", "a:x")
+    x, turns = mw.Tensor(jnp.ones((4, 8)), "a b"), mw.Tensor(jnp.ones(3), "turns")
+    run = jax.jit(way.region(lambda x, turns: mw.fold(lambda c, y: c + mw.flip(x, "a") * y, x, turns, over="turns")))
+    p, sizes = plan(run, x, turns), _sizes(way.mesh)
+    assert _planned(p, sizes) == {("permute", ("x",), 64): 3} == _compiled(p, sizes)
+    assert _compiled(p, sizes, NO_MERGING) == {("permute", ("x",), 64): 1}
 
 
 @pytest.mark.parametrize("program", ["gather", "sum"])
