@@ -99,30 +99,61 @@ def nothing(q: Array, v: Array) -> Seen:
     return Seen(zero + _UNSEEN, zero, jnp.repeat(zero[..., None], v.shape[-1], -1))
 
 
+Part = tuple[tuple[int, int], list[tuple[range, Sight]]]
+"""Of queries: the first one and the one after the last, and which blocks of keys they see, and how."""
+
+
+class Blocks(NamedTuple):
+    """Keys cut into blocks, along a new first dim. Parts of the queries see ranges of these, and loops read them here:
+    a copy of each part's own range would take memory with the square of the length."""
+
+    k: Array
+    v: Array
+    places: Array
+    segments: Array | None
+
+    @classmethod
+    def of(cls, k: Array, v: Array, keys: Tokens, num: int) -> "Blocks":
+        segments = None if keys.segments is None else _cut(keys.segments, 1, num)
+        return cls(_cut(k, 2, num), _cut(v, 2, num), _cut(keys.places, 0, num), segments)
+
+    def at(self, i: Any) -> tuple[Array, Array, Tokens]:
+        """The keys and values of a block, and which tokens they are."""
+        k, v, places, segments = (None if x is None else lax.dynamic_index_in_dim(x, i, 0, False) for x in self)
+        return k, v, Tokens(places, segments)
+
+
 def see(seen: Seen, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight) -> Seen:
     """What queries have seen after these keys."""
     num = _num_blocks(k.shape[2])
-    if num == 1:
-        return _see_block(seen, q, k, v, sight.mask(queries, keys))
-
-    def step(seen: Seen, block: Any) -> tuple[Seen, None]:
-        k, v, *tokens = block
-        return _see_block(seen, q, k, v, sight.mask(queries, Tokens(*tokens))), None
-
-    return lax.scan(step, seen, (*(_cut(x, 2, num) for x in (k, v)), *_cut_tokens(keys, num)))[0]
+    return _see_blocks(seen, q, Blocks.of(k, v, keys, num), range(num), queries, sight)
 
 
 def see_own(seen: Seen, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight) -> Seen:
     """``see`` where queries and keys are the same tokens: parts of the queries, each with the keys within its sight."""
-    found = []
-    for (first, last), ranges in _parts(k.shape[2], sight):
+    found, parts, num = [], *_parts(k.shape[2], sight)
+    blocks = Blocks.of(k, v, keys, num)
+    for (first, last), ranges in parts:
         mine = Seen(*(x[:, :, :, first:last] for x in seen))
-        for begin, end, within in ranges:
-            theirs = k[:, :, begin:end], v[:, :, begin:end]
-            tokens = _range(queries, first, last), _range(keys, begin, end)
-            mine = see(mine, q[:, :, :, first:last], *theirs, *tokens, within)
+        for which, within in ranges:
+            mine = _see_blocks(mine, q[:, :, :, first:last], blocks, which, _range(queries, first, last), within)
         found.append(mine)
     return Seen(*(jnp.concatenate(each, 3) for each in zip(*found, strict=True)))
+
+
+def _see_blocks(seen: Seen, q: Array, blocks: Blocks, which: range, queries: Tokens, sight: Sight) -> Seen:
+    def step(seen: Seen, i: Any) -> tuple[Seen, None]:
+        k, v, keys = blocks.at(i)
+        return _see_block(seen, q, k, v, sight.mask(queries, keys)), None
+
+    return _over(which, step, seen)  # type: ignore[no-any-return]
+
+
+def _over(which: range, step: Any, state: Any) -> Any:
+    """``step`` for each of these, in a loop where there are several."""
+    if len(which) == 1:
+        return step(state, which[0])[0]
+    return lax.scan(step, state, jnp.arange(which.start, which.stop, dtype=jnp.int32))[0]
 
 
 def _see_block(seen: Seen, q: Array, k: Array, v: Array, mask: Array | None) -> Seen:
@@ -147,36 +178,44 @@ def kept(q: Array, out: Array, log_total: Array, gradient: Array) -> Kept:
     )
 
 
-def see_back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight) -> tuple[Array, Array, Array]:
-    """The gradients of queries, keys and values from these keys alone, float32."""
+Gradients = tuple[Array, Array, Array]
+"""Of queries, keys and values, float32."""
+
+
+def see_back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight) -> Gradients:
+    """The gradients of queries, keys and values from these keys alone."""
     num = _num_blocks(k.shape[2])
-    if num == 1:
-        return _see_block_back(of, k, v, sight.mask(queries, keys))
-
-    def step(to_q: Array, block: Any) -> tuple[Array, tuple[Array, Array]]:
-        k, v, *tokens = block
-        more, to_k, to_v = _see_block_back(of, k, v, sight.mask(queries, Tokens(*tokens)))
-        return to_q + more, (to_k, to_v)
-
-    blocks = (*(_cut(x, 2, num) for x in (k, v)), *_cut_tokens(keys, num))
-    to_q, (to_k, to_v) = lax.scan(step, jnp.zeros_like(of.q, jnp.float32), blocks)
-    return to_q, _joined(to_k, 2), _joined(to_v, 2)
+    return _back(of, k, v, queries, keys, [((0, of.q.shape[3]), [(range(num), sight)])], num)
 
 
-def see_own_back(
-    of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight
-) -> tuple[Array, Array, Array]:
+def see_own_back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight) -> Gradients:
     """``see_back`` where queries and keys are the same tokens."""
-    to_q, to_k, to_v = (jnp.zeros_like(x, jnp.float32) for x in (of.q, k, v))
-    for (first, last), ranges in _parts(k.shape[2], sight):
-        mine = Kept(*(x[:, :, :, first:last] for x in of))
-        for begin, end, within in ranges:
-            theirs = k[:, :, begin:end], v[:, :, begin:end]
-            tokens = _range(queries, first, last), _range(keys, begin, end)
-            more = see_back(mine, *theirs, *tokens, within)
-            to_q = to_q.at[:, :, :, first:last].add(more[0])
-            to_k, to_v = (x.at[:, :, begin:end].add(y) for x, y in zip((to_k, to_v), more[1:], strict=True))
-    return to_q, to_k, to_v
+    return _back(of, k, v, queries, keys, *_parts(k.shape[2], sight))
+
+
+def _back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, parts: list[Part], num: int) -> Gradients:
+    blocks = Blocks.of(k, v, keys, num)
+    to_blocks = jnp.zeros_like(blocks.k, jnp.float32), jnp.zeros_like(blocks.v, jnp.float32)
+    found = []
+    for (first, last), ranges in parts:
+        mine, tokens = Kept(*(x[:, :, :, first:last] for x in of)), _range(queries, first, last)
+        state: Any = jnp.zeros_like(mine.q, jnp.float32), to_blocks
+        for which, within in ranges:
+            state = _see_blocks_back(state, mine, blocks, which, tokens, within)
+        to_q, to_blocks = state
+        found.append(to_q)
+    to_k, to_v = (_joined(x, 2) for x in to_blocks)
+    return jnp.concatenate(found, 3), to_k, to_v
+
+
+def _see_blocks_back(state: Any, of: Kept, blocks: Blocks, which: range, queries: Tokens, sight: Sight) -> Any:
+    def step(state: Any, i: Any) -> tuple[Any, None]:
+        to_q, to_blocks = state
+        k, v, keys = blocks.at(i)
+        more, *to_block = _see_block_back(of, k, v, sight.mask(queries, keys))
+        return (to_q + more, tuple(x.at[i].add(y) for x, y in zip(to_blocks, to_block, strict=True))), None
+
+    return _over(which, step, state)
 
 
 def _range(tokens: Tokens, first: int, last: int) -> Tokens:
@@ -206,20 +245,20 @@ def _weights(scores: Array, less: Array, mask: Array | None) -> Array:
     return weights if mask is None else jnp.where(mask, weights, 0.0)
 
 
-def _parts(num: int, sight: Sight) -> list[tuple[tuple[int, int], list[tuple[int, int, Sight]]]]:
-    """Of ``num`` tokens that look at themselves: ranges of queries, each with ranges of keys and how it sees those."""
+def _parts(num: int, sight: Sight) -> tuple[list[Part], int]:
+    """Of ``num`` tokens that look at themselves: the parts of the queries, and the number of blocks of the keys."""
     fitting = (n for n in range(MOST_PARTS, 0, -1) if num % n == 0 and num // n >= MOST_KEYS)
     size = num // next(fitting, 1) if sight != Sight() else num
-    found = []
+    each = _num_blocks(size)
+    found: list[Part] = []
     for first in range(0, num, size):
-        last = first + size
-        begin, end = sight.reach(first, last, num)
-        begin, end = begin // size * size, -(-end // size) * size
+        part = first // size
+        begin, end = sight.reach(first, first + size, num)
+        ranges = [(begin // size, -(-end // size), sight)]
         if sight == Sight(causal=True) and first:  # all of those before, and half of its own
-            found.append(((first, last), [(0, first, Sight()), (first, last, sight)]))
-        else:
-            found.append(((first, last), [(begin, end, sight)]))
-    return found
+            ranges = [(0, part, Sight()), (part, part + 1, sight)]
+        found.append(((first, first + size), [(range(a * each, b * each), how) for a, b, how in ranges]))
+    return found, num // size * each
 
 
 def _num_blocks(keys: int) -> int:
@@ -231,10 +270,6 @@ def _num_blocks(keys: int) -> int:
 def _cut(x: Array, dim: int, num: int) -> Array:
     """``num`` pieces along a dim, along a new first one."""
     return jnp.moveaxis(x.reshape(*x.shape[:dim], num, -1, *x.shape[dim + 1 :]), dim, 0)
-
-
-def _cut_tokens(tokens: Tokens, num: int) -> tuple[Array, Array | None]:
-    return _cut(tokens.places, 0, num), None if tokens.segments is None else _cut(tokens.segments, 1, num)
 
 
 def _joined(x: Array, dim: int) -> Array:
