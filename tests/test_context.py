@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -249,3 +250,24 @@ def test_heads_that_the_axis_does_not_divide_leave_the_ring() -> None:
     assert not _told(_plan(Way("context=8", "length:context")))
     assert not _told(_plan(Way("model=4,context=2", f"{TENSOR}, length:context")))
     assert not _told(_plan(Way("context=4", "batch:context"))), "a length that is not split"
+
+
+def test_masks_of_documents_are_made_block_by_block_in_every_layer() -> None:
+    """What depends on no layer JAX takes out of the loop over layers: a mask there would be held whole."""
+    config = dataclasses.replace(CONFIG, remat="nothing")
+    model = jax.eval_shape(lambda key: Decoder(config, key=key), jax.random.key(0))
+    tokens = mw.Tensor(np.zeros((1, 4096), np.int32), "batch length")
+    region = Way("context=2", "length:context").region(_packed_loss)
+    traced = jax.jit(jax.value_and_grad(region)).trace(model, tokens, tokens, tokens, tokens)
+    masks = [v.aval.size for v in _made(traced.jaxpr.jaxpr) if v.aval.dtype == bool]
+    block = config.heads * config.group * (4096 // 2 // 2) * 512
+    assert masks and max(masks) <= block
+
+
+def _made(jaxpr: Any) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield from (v for v in eqn.outvars if hasattr(v.aval, "dtype"))
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _made(inner)

@@ -94,10 +94,15 @@ def _add(pieces: Sequence[Any], which: Which, more: Any) -> list[Any]:
 class _Device:
     """A device's part in the ring."""
 
-    def __init__(self, ring: Ring, length: int) -> None:
-        self.ring, self.length = ring, length
+    def __init__(self, ring: Ring, length: int, beside: Array) -> None:
+        self.ring, self.length, self.beside = ring, length, beside
         self.halved = ring.halved(length)
-        self.here = collectives.index(ring.axes) if ring.axes else jnp.int32(0)
+        self.here = self._not_before(collectives.index(ring.axes) if ring.axes else jnp.int32(0))
+
+    def _not_before(self, x: Any) -> Any:
+        """``x``, not to be had before the queries are there. What depends on nothing that a loop over layers hands on
+        (masks, made of positions and segments) JAX takes out of that loop, and holds it whole for every block."""
+        return lax.optimization_barrier((x, self.beside.ravel()[:1]))[0]
 
     # Where tokens lie
 
@@ -133,7 +138,8 @@ class _Device:
             firsts = [device * size, (2 * self.ring.num - 1 - device) * size]
         else:
             firsts = [device * size]
-        return Tokens(_take(firsts, which) + jnp.arange(size, dtype=jnp.int32), piece[2])
+        segments = None if piece[2] is None else self._not_before(piece[2])
+        return Tokens(_take(firsts, which) + jnp.arange(size, dtype=jnp.int32), segments)
 
     # Who works on what
 
@@ -184,7 +190,7 @@ def attend(ring: Ring, q: Array, k: Array, v: Array, segments: Array | None) -> 
 
 
 def _forward(ring: Ring, q: Array, k: Array, v: Array, segments: Array | None) -> tuple[Array, Any]:
-    on = _Device(ring, k.shape[2])
+    on = _Device(ring, k.shape[2], q)
     queries = on.apart(q, 3)
     pieces = list(zip(on.apart(k, 2), on.apart(v, 2), on.apart(segments, 1), strict=True))
 
@@ -211,7 +217,7 @@ def _forward(ring: Ring, q: Array, k: Array, v: Array, segments: Array | None) -
 
 def _backward(ring: Ring, residuals: Any, gradient: Array) -> tuple[Array, Array, Array, None]:
     queries, pieces, outs, logs = residuals
-    on = _Device(ring, sum(k.shape[2] for k, _, _ in pieces))
+    on = _Device(ring, sum(k.shape[2] for k, _, _ in pieces), gradient)
     of = [kept(*each) for each in zip(queries, outs, logs, on.apart(gradient, 3), strict=True)]
 
     def work(direction: int, state: Any, theirs: Pieces, origin: Array) -> Any:
