@@ -6,7 +6,7 @@
 import collections
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -64,23 +64,68 @@ def traffic_of(lowered: Any, sizes: Mapping[str, int]) -> collections.Counter[Ro
     """
     module = lowered.compiler_ir("stablehlo").operation
     functions = {op.attributes["sym_name"].value: op for op in _inside(module) if op.name == "func.func"}
-    found: collections.Counter[Row] = collections.Counter()
-    _walk(functions["main"], functions, dict(sizes), 1, found)
-    return found
+    walk = _Walk(functions, dict(sizes))
+    walk.inside(functions["main"], 1, ())
+    return walk.found
 
 
-def _walk(
-    op: Any, functions: dict[str, Any], sizes: dict[str, int], times: int, found: collections.Counter[Row]
-) -> None:
-    for inner in _inside(op):
-        if inner.name in KINDS:
-            found.update(_rows(inner, sizes, times))
-        elif inner.name == "func.call":
-            _walk(functions[inner.attributes["callee"].value], functions, sizes, times, found)
-        elif inner.name == "stablehlo.while":
-            _walk(inner, functions, sizes, times * _turns(inner), found)
-        else:
-            _walk(inner, functions, sizes, times, found)
+Calls = tuple[Any, ...]
+"""The calls that lead to where one is, the last innermost."""
+
+
+class _Walk:
+    def __init__(self, functions: dict[str, Any], sizes: dict[str, int]) -> None:
+        self.functions, self.sizes = functions, sizes
+        self.found: collections.Counter[Row] = collections.Counter()
+
+    def inside(self, op: Any, times: int, calls: Calls) -> None:
+        """What stands within an operation that runs ``times``."""
+        for inner in _inside(op):
+            if inner.name in KINDS:
+                self.found.update(_rows(inner, self.sizes, times))
+            elif inner.name == "func.call":
+                self.inside(self.callee(inner), times, (*calls, inner))
+            elif inner.name == "stablehlo.while":
+                self.inside(inner, times * _turns(inner), calls)
+            elif inner.name == "stablehlo.case":
+                self.branches(inner, times, calls)
+            else:
+                self.inside(inner, times, calls)
+
+    def callee(self, call: Any) -> Any:
+        return self.functions[call.attributes["callee"].value]
+
+    def branches(self, case: Any, times: int, calls: Calls) -> None:
+        """The branches of a choice: each as often as a constant table of (turn, device) has its number, on the device
+        where it has it most often; where there is no such table, every time."""
+        table = self.constant(case.operands[0], calls)
+        known = table is not None and table.ndim == 2
+        for i, region in enumerate(case.regions):
+            most = int((table == i).sum(0).max()) if known else 1
+            self.inside(_Branch([region]), times // len(table) * most if known else times, calls)
+
+    def constant(self, value: Any, calls: Calls) -> Any:
+        """The constant that a value is an element of, through slices, loops that hand it on and calls."""
+        owner = value.owner
+        if hasattr(value, "arg_number"):
+            around, i = owner.owner.operation, value.arg_number
+            if around.name == "func.func":
+                return self.constant(calls[-1].operands[i], calls[:-1]) if calls else None
+            return self.constant(around.operands[i], calls)
+        if owner.name == "stablehlo.constant":
+            return np.array(owner.attributes["value"])
+        if owner.name in ("stablehlo.dynamic_slice", "stablehlo.reshape", "stablehlo.convert", "stablehlo.clamp"):
+            return self.constant(owner.operands[int(owner.name == "stablehlo.clamp")], calls)
+        if owner.name == "func.call":
+            *_, last = _inside(self.callee(owner))
+            return self.constant(last.operands[value.result_number], (*calls, owner))
+        return None
+
+
+class _Branch(NamedTuple):
+    """One branch of a choice, as an operation that has no other."""
+
+    regions: list[Any]
 
 
 def _turns(loop: Any) -> int:

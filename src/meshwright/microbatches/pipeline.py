@@ -13,6 +13,7 @@ backward where there is one. Gradients are added up where the parameters rest; t
 embedding, a head) are summed over the pipeline once, at the end, by the transpose of their varying over it.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -28,6 +29,9 @@ from .cut import Cut
 from .deal import dealt, returned
 from .order import BACKWARD, FORWARD, Form, Order, Pass, ordered, slots
 from .results import Arrays, Results, counted_once, zeros
+
+AGAIN = "mw.again"
+"""The name, in a trace, of a stage's pass forward that its pass backward does again."""
 
 
 class Pipelined:
@@ -192,7 +196,8 @@ class _Work:
             assert whole.results.loss is not None
             return [results[whole.results.loss]], results
 
-        out, pull, results = jax.vjp(again, [self.arrays[k] for k in self.wanted], stacks, floating, has_aux=True)
+        with contextlib.nullcontext() if last else jax.named_scope(AGAIN):  # the last stage does it here first
+            out, pull, results = jax.vjp(again, [self.arrays[k] for k in self.wanted], stacks, floating, has_aux=True)
         ones = [collectives.vary(jnp.ones(y.shape, y.dtype), collectives.varies_over(y)) for y in out]
         of_arrays, of_stacks, of_inputs = pull(ones if last else _read(state.cotangents, at.back_slot))
         state = replace(

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from ..scope import Axes
 from .groups import spoken_over
+from .passes import Passes, Runs, passes_in
 from .traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, PERMUTE, REDUCE_SCATTER
 
 _KINDS = {
@@ -55,6 +56,7 @@ _COUNTER = re.compile(r"[su]\d+\[\]")
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NAME = re.compile(r'op_name="([^"]*)"')
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'
 
 
@@ -73,9 +75,10 @@ class CompiledCollective:
     payload_bytes: int
     """The whole buffer, as the table of ``traffic.py`` says, on one device, each time it runs."""
     times: int
-    """How often it runs in one call of the program."""
+    """How often it runs in one call of the program; in a pipeline, on the device where that is most often."""
     sure: bool
-    """False in a loop whose trip count the compiler does not state, counted once, and in a branch."""
+    """False in a loop whose trip count the compiler does not state, counted once, and in a branch, unless it is a
+    pipeline's."""
     name: str
     """What the compiler calls it."""
 
@@ -98,9 +101,9 @@ def compiled_collectives(
         ValueError: the text has no entry, or states groups of devices in a form that is not known.
     """
     module = _Module(text)
-    found = module.walk(module.entry, 1, True, False)
+    found = module.walk(module.entry, module.once, True, False)
     mesh = _Sliced.of(sizes, slices or {})
-    return tuple(row for line, times, sure, fused in found for row in _rows(module, line, mesh, times, sure, fused))
+    return tuple(row for line, runs, sure, fused in found for row in _rows(module, line, mesh, max(runs), sure, fused))
 
 
 def compiled_cycles(text: str) -> tuple[int | None, bool]:
@@ -110,12 +113,14 @@ def compiled_cycles(text: str) -> tuple[int | None, bool]:
         text: the program's HLO.
 
     Returns:
-        The cycles of every fusion, loops counted, or None where the compiler states none; and whether that is sure: it
-        is not with a loop whose trip count is not stated, counted once, or a branch, where all are counted.
+        The cycles of every fusion, loops counted, or None where the compiler states none (along a pipeline, on the
+        device that has most); and whether that is sure: it is not with a loop whose trip count is not stated, counted
+        once, or a branch that is not a pipeline's, where all are counted.
     """
     module = _Module(text)
-    found = list(module.estimates(module.entry, 1, True))
-    return sum(cycles for cycles, _ in found) if found else None, all(sure for _, sure in found)
+    found = list(module.estimates(module.entry, module.once, True))
+    sums = (sum(cycles[d] for cycles, _ in found) for d in range(len(module.once)))
+    return max(sums) if found else None, all(sure for _, sure in found)
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,10 @@ class _Module:
             raise ValueError("compiled_collectives: expected the HLO text of a module, found no ENTRY computation.")
         starting = (lines for lines in self.computations.values() if any(_STARTS in x.rest for x in lines))
         self._started = {(_chain(x), x.home) for lines in starting for x in lines if _kind(x) is not None}
+        conditionals = (x for lines in self.computations.values() for x in lines if x.opcode == "conditional")
+        pipelines = [passes for x in conditionals if (passes := _passes(x)) is not None]
+        self.once: Runs = (1,) * max((passes.order.num_devices for passes in pipelines), default=1)
+        """The entry's runs, for each device along a pipeline."""
         self._busy: dict[str, bool] = {}
         self._types: dict[str, dict[str, str]] = {}
 
@@ -192,26 +201,36 @@ class _Module:
         later = chain and (chain, line.home) not in self._started and any(chain == c for c, _ in self._started)
         return _kind(line) is not None and not later
 
-    def walk(self, name: str, times: int, sure: bool, fused: bool) -> Iterator[tuple[_Line, int, bool, bool]]:
+    def walk(self, name: str, runs: Runs, sure: bool, fused: bool) -> Iterator[tuple[_Line, Runs, bool, bool]]:
         """Each collective with how often it runs, whether that is sure, and whether it is fused with a scatter."""
         for line in self.computations[name]:
             if self.runs(line):
-                yield line, times, sure, fused
+                yield line, runs, sure, fused
                 continue
-            for callee in filter(self.busy, _callees(line)):
-                runs, known = self._turns(line)
+            for callee, within, known in self._calls(line, runs):
+                if not self.busy(callee):
+                    continue
                 scatters = fused or _FUSED_SCATTER in line.name or _FUSED_SCATTER in callee
-                yield from self.walk(callee, times * runs, sure and known, scatters)
+                yield from self.walk(callee, within, sure and known, scatters)
 
-    def estimates(self, name: str, times: int, sure: bool) -> Iterator[tuple[int, bool]]:
+    def estimates(self, name: str, runs: Runs, sure: bool) -> Iterator[tuple[Runs, bool]]:
         """The estimated cycles of each line, all its runs; a fusion's stand on the fusion."""
         for line in self.computations[name]:
             if (stated := _CYCLES.search(line.rest)) is not None:
-                yield int(stated[1]) * times, sure
+                yield tuple(int(stated[1]) * n for n in runs), sure
             elif line.opcode in ("while", "conditional", "call"):
-                runs, known = self._turns(line)
-                for callee in _callees(line):
-                    yield from self.estimates(callee, times * runs, sure and known)
+                for callee, within, known in self._calls(line, runs):
+                    yield from self.estimates(callee, within, sure and known)
+
+    def _calls(self, line: _Line, runs: Runs) -> Iterator[tuple[str, Runs, bool]]:
+        """What a line calls, how often, and whether that is sure."""
+        passes = _passes(line) if line.opcode == "conditional" else None
+        turns, known = self._turns(line)
+        for i, callee in enumerate(_callees(line)):
+            if passes is not None and all(n % len(passes.ticks) == 0 for n in runs):
+                yield callee, passes.runs(i, runs), True
+            else:
+                yield callee, tuple(n * turns for n in runs), known
 
     def _turns(self, line: _Line) -> tuple[int, bool]:
         if line.opcode != "while":
@@ -253,6 +272,12 @@ def _constant(line: _Line) -> int | None:
     whole = line.opcode == "constant" and _COUNTER.match(line.type)
     found = re.match(r"(\d+)\)", line.rest) if whole else None
     return int(found[1]) if found is not None else None
+
+
+def _passes(line: _Line) -> Passes | None:
+    """The passes of a pipeline among which a conditional chooses."""
+    name = _NAME.search(line.rest)
+    return passes_in(name[1], len(_callees(line))) if name is not None else None
 
 
 def _kind(line: _Line) -> str | None:

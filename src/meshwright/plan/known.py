@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from ..scope import Axes
 from .lineage import Lineage
 from .network import Machine
-from .program import Block, Choice, Loop, Op, Program, Value
+from .passes import Runs
+from .program import Block, Choice, Loop, Op, Program, Value, devices_along
 from .touched import VIEWS
 from .traffic import ALL_GATHER, Collective, rows_of
 
@@ -25,6 +26,7 @@ class Ran:
 
     op: Op
     times: int
+    """In a pipeline, the mean over its devices, rounded up: so that branches that run on different ones add up."""
     looped: bool
 
 
@@ -49,7 +51,7 @@ class Known:
 
     @classmethod
     def of(cls, program: Program, lineage: Lineage, machine: Machine | None, peak_bytes: int) -> "Known":
-        ran = tuple(_ran(program.block, 1, False))
+        ran = tuple(_ran(program.block, (1,) * devices_along(program.block), False))
         users: dict[int, list[Op]] = defaultdict(list)
         for each in ran:
             for v in each.op.ins:
@@ -97,15 +99,16 @@ class Known:
         return self.machine.hardware.tile if self.machine is not None else TILE
 
 
-def _ran(block: Block, times: int, looped: bool) -> Iterator[Ran]:
+def _ran(block: Block, runs: Runs, looped: bool) -> Iterator[Ran]:
     for node in block.nodes:
         if isinstance(node, Op):
-            yield Ran(node, times, looped)
+            yield Ran(node, -(-sum(runs) // len(runs)), looped)
         elif isinstance(node, Loop):
-            yield from _ran(node.body, times * (node.length if node.length is not None else 1), True)
+            turns = node.length if node.length is not None else 1
+            yield from _ran(node.body, tuple(n * turns for n in runs), True)
         else:
-            for branch in node.branches:
-                yield from _ran(branch, times, looped)
+            for i, branch in enumerate(node.branches):
+                yield from _ran(branch, node.passes.runs(i, runs) if node.passes is not None else runs, looped)
 
 
 def _given(block: Block) -> Iterator[tuple[int, Value]]:

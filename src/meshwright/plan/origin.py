@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import belongs_to_a_library
+from ..microbatches.pipeline import AGAIN
 from ..ops.attended import Attended
 
 FORWARD, BACKWARD, RECOMPUTE, UPDATE = "forward", "backward", "recompute", "update"
@@ -69,6 +70,8 @@ def _direction(stacks: Sequence[str], inside: bool) -> str:
         return RECOMPUTE
     if any("transpose(" in stack for stack in stacks):
         return BACKWARD
+    if any(AGAIN in stack for stack in stacks):
+        return RECOMPUTE
     if inside or any("jvp(" in stack for stack in stacks):
         return FORWARD
     return UPDATE

@@ -13,6 +13,7 @@ What the plan says (traffic, work, memory, time) is read from this tree by funct
           remat(...)                       opened
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from ..scope import Split
 from . import outside
 from .call import Leaf
 from .origin import Origin, origin_of
+from .passes import Passes, Runs, passes_in
 
 Sizes = dict[str, int]
 
@@ -97,6 +99,8 @@ class Choice:
     ins: tuple[Value | None, ...]
     outs: tuple[Value, ...]
     origin: Origin
+    passes: Passes | None = None
+    """Of a pipeline's: which runs when, on each device."""
 
 
 Node = Op | Loop | Choice
@@ -343,7 +347,7 @@ class _Reader:
                 self._stay_spread([out] * len(made), made)
                 if split is None:
                     self.unknown.append(Op("cond", {}, made, (out,), origin, {}))
-        nodes.append(Choice(branches, ins, outs, origin))
+        nodes.append(Choice(branches, ins, outs, origin, passes_in(str(eqn.source_info.name_stack), len(branches))))
         return outs
 
 
@@ -483,7 +487,7 @@ def _needed(block: Block, wanted: set[int]) -> tuple[list[Node], set[int]]:
         if isinstance(node, Loop):
             node = _pruned_loop(node, wanted)
         elif isinstance(node, Choice):
-            node.branches = tuple(_pruned_branch(node, b, wanted) for b in node.branches)
+            node = dataclasses.replace(node, branches=tuple(_pruned_branch(node, b, wanted) for b in node.branches))
         kept.append(node)
         wanted |= {id(v) for v in reads_of(node) if v is not None}
     return kept[::-1], wanted
@@ -525,15 +529,28 @@ def _pruned_loop(loop: Loop, wanted: set[int]) -> Loop:
     return Loop(Block(loop.body.ins, nodes, outs), loop.length, consts, carry, scanned, loop.outs, loop.origin)
 
 
-def each(block: Block, times: int = 1, sure: bool = True) -> Iterator[tuple[Op, int, bool]]:
-    """Every operation with how often it runs, and whether that is sure: not in a loop of unknown length (its turns
-    count once) nor in a branch."""
+def each(block: Block, runs: Runs, sure: bool = True) -> Iterator[tuple[Op, Runs, bool]]:
+    """Every operation with how often it runs when the block does so ``runs`` times, and whether that is sure: not in a
+    loop of unknown length (its turns count once) nor in a branch, unless it is known which runs when."""
     for node in block.nodes:
         if isinstance(node, Loop):
             known = node.length is not None
-            yield from each(node.body, times * (node.length if node.length is not None else 1), sure and known)
+            turns = node.length if node.length is not None else 1
+            yield from each(node.body, tuple(n * turns for n in runs), sure and known)
         elif isinstance(node, Choice):
-            for branch in node.branches:
-                yield from each(branch, times, False)
+            for i, branch in enumerate(node.branches):
+                within = node.passes.runs(i, runs) if node.passes is not None else runs
+                yield from each(branch, within, sure and node.passes is not None)
         else:
-            yield node, times, sure
+            yield node, runs, sure
+
+
+def devices_along(block: Block) -> int:
+    """How many devices the pipeline of a program has; 1 without one."""
+    num = 1
+    for node in block.nodes:
+        if isinstance(node, Choice) and node.passes is not None:
+            num = max(num, node.passes.order.num_devices)
+        inner = (node.body,) if isinstance(node, Loop) else node.branches if isinstance(node, Choice) else ()
+        num = max(num, *map(devices_along, inner), 1)
+    return num

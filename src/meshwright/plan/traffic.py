@@ -15,15 +15,17 @@ kind                payload                       sent by a device
 for a group of n devices: what the ring algorithms send, which is the least that is possible (Thakur et al., 2005).
 """
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..scope import Axes
 from .origin import Origin
-from .program import Op, Program, each
+from .passes import Runs
+from .program import Op, Program, devices_along, each
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, PERMUTE = KINDS = (
     "all_reduce",
@@ -58,11 +60,13 @@ class Collective:
     payload_bytes: int
     """The whole buffer, as the module's table says, on one device, each time it runs."""
     times: int
-    """How often it runs in one call of the program."""
+    """How often it runs in one call of the program; in a pipeline, on the device where that is most often."""
     sure: bool
     """False when it may run otherwise: in a while loop, whose turns count once, or in a branch."""
     origin: Origin
     """The user's line and the named operation."""
+    runs: Runs = ()
+    """How often on each device along the pipeline; of a program without one, ``times`` alone."""
 
     @property
     def sent_bytes(self) -> int:
@@ -84,10 +88,21 @@ class Collective:
 
 def collectives_of(program: Program) -> tuple[Collective, ...]:
     """Every collective of a program, in its order."""
-    return tuple(row for op, times, sure in each(program.block) for row in rows_of(op, times, sure))
+    once = (1,) * devices_along(program.block)
+    return tuple(row for op, runs, sure in each(program.block, once) for row in rows_of(op, runs, sure))
 
 
-def rows_of(op: Op, times: int = 1, sure: bool = True) -> Iterator[Collective]:
+def sent_by_busiest(rows: Sequence[Collective]) -> tuple[Collective, ...]:
+    """The collectives as that device along the pipeline runs them which sends the most."""
+    num = max((len(row.runs) for row in rows), default=0)
+    if num <= 1:
+        return tuple(rows)
+    busiest = max(range(num), key=lambda d: sum(row.sent_bytes * row.runs[d] for row in rows))
+    mine = (dataclasses.replace(row, times=row.runs[busiest]) for row in rows)
+    return tuple(row for row in mine if row.times)
+
+
+def rows_of(op: Op, runs: Runs = (1,), sure: bool = True) -> Iterator[Collective]:
     """The collectives that one operation is: none, or one for each of its operands."""
     kind = _KIND.get(op.name)
     if kind is None:
@@ -101,7 +116,7 @@ def rows_of(op: Op, times: int = 1, sure: bool = True) -> Iterator[Collective]:
         return
     for given, result in zip(op.ins, op.outs, strict=False):
         moved = result if kind == ALL_GATHER or given is None else given
-        yield Collective(kind, axes, size, moved.dtype.name, moved.num_bytes, times, sure, op.origin)
+        yield Collective(kind, axes, size, moved.dtype.name, moved.num_bytes, max(runs), sure, op.origin, runs)
 
 
 def _moved_along(axes: Axes, op: Op) -> Axes:

@@ -134,7 +134,7 @@ def _gathered(known: Known) -> Iterator[PlanWarning]:
     total = _traffic(known)
     groups: dict[Axes, list[Collective]] = defaultdict(list)
     for ran in known.ran:
-        rows = list(rows_of(ran.op, ran.times))
+        rows = list(rows_of(ran.op, (ran.times,)))
         if not rows or rows[0].kind != ALL_GATHER or ran.op.origin.direction != FORWARD or not ran.op.sizes:
             continue
         if known.lineage.parameter(ran.op.ins[0]) is None and not _feeds_split_weights(ran.op, rows[0].axes, known):
@@ -197,7 +197,7 @@ def _summed(known: Known) -> Iterator[PlanWarning]:
     total = _traffic(known)
     groups: dict[Axes, list[Collective]] = defaultdict(list)
     for ran in known.ran:
-        for row in rows_of(ran.op, ran.times):
+        for row in rows_of(ran.op, (ran.times,)):
             if row.kind != ALL_REDUCE or row.origin.direction != FORWARD or not ran.op.sizes:
                 continue
             shape = ran.op.outs[0].shape
@@ -236,7 +236,7 @@ def _of_product(ran: Ran, known: Known) -> bool:
 
 
 def _traffic(known: Known) -> int:
-    return sum(row.total_sent_bytes for ran in known.ran for row in rows_of(ran.op, ran.times))
+    return sum(row.total_sent_bytes for ran in known.ran for row in rows_of(ran.op, (ran.times,)))
 
 
 def _replicated(known: Known) -> Iterator[PlanWarning]:
@@ -332,7 +332,7 @@ def _slow_network(known: Known) -> Iterator[PlanWarning]:
         return
     groups: dict[Axes, list[tuple[Ran, Collective]]] = defaultdict(list)
     for ran in known.ran:
-        for row in rows_of(ran.op, ran.times):
+        for row in rows_of(ran.op, (ran.times,)):
             if ran.looped and known.machine.path(row.axes).slow:
                 groups[in_order(row.axes, known.program.sizes)].append((ran, row))
     for axes, found in groups.items():

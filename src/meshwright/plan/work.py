@@ -4,7 +4,8 @@ A product of matrices counts two for each multiplication with its addition, a co
 meets an element (not the zeros of padding and dilation, so that its gradients cost what it costs), an elementwise
 operation one for each element of its result, a reduction one for each element that it reads. Loops count their turns,
 a while loop one; of branches the one with the most work counts. What moves data (reshape, transpose, gather, slices,
-casts) counts nothing.
+casts) counts nothing. Along a pipeline each device does passes of its own, which are counted for each; the work of the
+program is that of the device that does most.
 
 Work is *useful* the first time it is done, *recomputed* when rematerialisation does it again, and *duplicated* where
 devices along an axis hold the same operands and do the same: d devices that do one thing waste d - 1 of d.
@@ -19,7 +20,7 @@ import numpy as np
 
 from .origin import RECOMPUTE, Origin
 from .primitives import BINARY, READING, UNARY
-from .program import Block, Choice, Loop, Op, Program
+from .program import Block, Choice, Loop, Op, Program, devices_along
 
 MATMUL, CONVOLUTION, ELEMENTWISE = "matmul", "convolution", "elementwise"
 
@@ -102,7 +103,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one call of a program, on one device."""
+    """Floating-point operations of one call of a program, on one device: along a pipeline, that which does most."""
 
     works: tuple[Work, ...] = field(repr=False)
 
@@ -147,15 +148,25 @@ class Flops:
 
 def flops_in(program: Program) -> Flops:
     """The work of a program."""
-    return Flops(tuple(_works(program.block, 1, program.sizes)))
+    return max(flops_along(program), key=lambda flops: flops.total)
 
 
-def _works(block: Block, times: int, sizes: dict[str, int]) -> Iterator[Work]:
+def flops_along(program: Program) -> tuple[Flops, ...]:
+    """The work of each device along the pipeline; of one device where there is none."""
+    num = devices_along(program.block)
+    return tuple(Flops(tuple(_works(program.block, 1, program.sizes, d))) for d in range(num))
+
+
+def _works(block: Block, times: int, sizes: dict[str, int], device: int) -> Iterator[Work]:
     for node in block.nodes:
         if isinstance(node, Loop):
-            yield from _works(node.body, times * (node.length if node.length is not None else 1), sizes)
+            turns = node.length if node.length is not None else 1
+            yield from _works(node.body, times * turns, sizes, device)
+        elif isinstance(node, Choice) and node.passes is not None:
+            for branch, runs in node.passes.on(device, times):
+                yield from _works(node.branches[branch], runs, sizes, device)
         elif isinstance(node, Choice):
-            yield from max((tuple(_works(b, times, sizes)) for b in node.branches), key=_total)
+            yield from max((tuple(_works(b, times, sizes, device)) for b in node.branches), key=_total)
         else:
             kind, flops = flops_of(node)
             if flops:
