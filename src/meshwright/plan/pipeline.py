@@ -18,6 +18,7 @@ bubble in seconds is larger than that in ticks.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
 import numpy as np
 
 from ..microbatches.order import BACKWARD, FORWARD, Order, Pass, slots
@@ -121,10 +122,13 @@ class StageDevice:
     flops: int
     """Of the whole program on this device."""
     in_work: int
-    """The largest number of inputs of its stages that are at hand at once: of microbatches whose pass backward is to
-    come, or that wait for their pass forward."""
+    """The largest number of microbatches, counted once for each of its stages, whose pass forward is done and whose
+    pass backward is not."""
+    kept: int
+    """How many inputs of stages it keeps at once, of microbatches in work and of those that have arrived: the first
+    stage keeps none, and makes them of the batch again."""
     kept_bytes: int
-    """What they take. Every device makes room for as many as the one that needs most."""
+    """What they take. Every device makes room for as many as the one that keeps most."""
     memory_bytes: int
     """What a device must have: one program runs on all, so it is the same on each."""
     passes: tuple[Drawn, ...]
@@ -207,19 +211,29 @@ def _device(
 ) -> StageDevice:
     mine = [(t, p) for t, row in enumerate(order.passes) if (p := row[d]) is not None]
     unknown = (None, None)
-    kept = slots(order, FORWARD)
-    in_work = len({slot for (stage, _), slot in kept.of.items() if stage % order.num_devices == d})
+    places = slots(order, FORWARD).of
+    kept = len({slot for (stage, _), slot in places.items() if stage % order.num_devices == d})
     return StageDevice(
         stages=tuple(range(d, order.num_stages, order.num_devices)),
         forward=sum(p.kind == FORWARD for _, p in mine),
         backward=sum(p.kind == BACKWARD for _, p in mine),
         busy_seconds=busy_seconds,
         flops=flops,
-        in_work=in_work,
-        kept_bytes=in_work * input_bytes,
+        in_work=_in_work([p for _, p in mine]),
+        kept=kept,
+        kept_bytes=kept * input_bytes,
         memory_bytes=memory_bytes,
         passes=tuple(Drawn(p.kind, p.stage, p.microbatch, t, *starts.get(p, unknown)) for t, p in mine),
     )
+
+
+def _in_work(mine: Sequence[Pass]) -> int:
+    """The most passes forward at once that wait for their passes backward."""
+    most = now = 0
+    for p in mine:
+        now += 1 if p.kind == FORWARD else -1
+        most = max(most, now)
+    return most if any(p.kind == BACKWARD for p in mine) else min(most, 1)
 
 
 def _orders(block: Block) -> Iterator[tuple[Order, int]]:
@@ -242,6 +256,6 @@ def _onward_bytes(choice: Choice, passes: Passes, block: Block) -> int:
             handed[place[id(op.ins[0])]] = op.ins[0]
     values = [handed[i] for i in sorted(handed)]
     kinds = {p.kind for t in passes.ticks for p in passes.order.passes[t] if p is not None and passes.order.sends(p)}
-    whole = sum(not np.issubdtype(v.dtype, np.inexact) for v in values)
+    whole = sum(not jnp.issubdtype(v.dtype, jnp.inexact) for v in values)
     num = (len(values) + whole) // 2 if len(kinds) == 2 else len(values) if FORWARD in kinds else 0
     return sum(v.num_bytes for v in values[:num])

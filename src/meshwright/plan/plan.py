@@ -24,13 +24,14 @@ from .lineage import Lineage
 from .memory import Memory, memory_of
 from .network import Machine, machine
 from .page import html
+from .pipeline import Pipeline, pipelines_of
 from .program import Program, read
 from .report import as_text, comparison, page
 from .summary import Summary, summary
 from .time import Times, times_of
 from .traffic import Collective, collectives_of
 from .warnings import PlanWarning, warnings_of
-from .work import Flops, flops_in
+from .work import Flops, flops_along
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,8 +62,15 @@ class Plan:
 
     @functools.cached_property
     def flops(self) -> Flops:
-        """The floating-point operations."""
-        return flops_in(self.program)
+        """The floating-point operations: along a pipeline, those of the device that does most."""
+        return max(self._flops_along, key=lambda flops: flops.total)
+
+    @functools.cached_property
+    def pipelines(self) -> tuple[Pipeline, ...]:
+        """The pipelines: what each device along one does, keeps and, on a machine, how long it waits."""
+        runs = self._times.pipelines if self.machine is not None else ()
+        flops = [flops.total for flops in self._flops_along]
+        return pipelines_of(self.program, flops, self.memory.peak_bytes, runs)
 
     @functools.cached_property
     def memory(self) -> Memory:
@@ -98,7 +106,7 @@ class Plan:
     def summary(self) -> Summary:
         """Everything that the report shows, as data."""
         times = self._times if self.machine is not None else None
-        known = self.flops, self.collectives, self.memory, self.warnings
+        known = self.flops, self.collectives, self.memory, self.warnings, self.pipelines
         return summary(self.name, self.program, self.machine, times, *known)
 
     def to_json(self) -> str:
@@ -156,6 +164,10 @@ class Plan:
 
     def __str__(self) -> str:
         return as_text(page(self.summary, plain=True))
+
+    @functools.cached_property
+    def _flops_along(self) -> tuple[Flops, ...]:
+        return flops_along(self.program)
 
     @functools.cached_property
     def _lineage(self) -> Lineage:

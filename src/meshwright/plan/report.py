@@ -18,8 +18,9 @@ from rich.text import Text
 
 from ..devices import counted, show_sizes
 from ..explain import UNKNOWN, WIDTH, show_bytes
+from .pipeline import Pipeline
 from .summary import AT_LEAST, AT_MOST, Line, Summary
-from .time import COMPUTE, HBM
+from .time import BUBBLE, COMPUTE, HBM
 from .warnings import PlanWarning
 
 NUM_LINES = 8
@@ -35,7 +36,7 @@ class Mark(NamedTuple):
     style: str
 
 
-_UNITS = {COMPUTE: Mark("█", "color(71)"), HBM: Mark("▒", "color(67)")}
+_UNITS = {COMPUTE: Mark("█", "color(71)"), HBM: Mark("▒", "color(67)"), BUBBLE: Mark("░", "color(245)")}
 _AXES = tuple(map(Mark, "▞#=+x", ("color(172)", "color(133)", "color(37)", "color(167)", "color(143)")))
 _KINDS = tuple(
     map(
@@ -53,6 +54,8 @@ def page(summary: Summary, plain: bool = False) -> RenderableType:
     styles = _marks(summary, plain)
     parts: list[RenderableType] = [_heading(summary), Text("")]
     parts += [*_time(summary, styles), Text(""), *_memory(summary, plain), Text("")]
+    for pipeline in summary.pipelines:
+        parts += [*_pipeline(pipeline), Text("")]
     if summary.traffic:
         parts += [_traffic(summary, styles), *_legend(summary), Text("")]
     parts += [_lines(summary, styles), Text("")]
@@ -190,6 +193,37 @@ def _legend(summary: Summary) -> Iterator[Text]:
         )
 
 
+def _pipeline(pipeline: Pipeline) -> Iterator[RenderableType]:
+    """The order of a pipeline, how much of it is a bubble, and each device along it."""
+    runs = f" x {pipeline.num_runs} runs" if pipeline.num_runs > 1 else ""
+    how = f"{pipeline.schedule}, microbatches={pipeline.num_microbatches}, {counted(pipeline.num_devices, 'device')}"
+    how += f"{runs}, {pipeline.num_ticks} ticks"
+    bubble = f"bubble {pipeline.ticks_bubble:.0%} of the ticks"
+    if pipeline.bubble is not None:
+        bubble += f", {pipeline.bubble:.0%} of {show_seconds(pipeline.seconds)}"
+    yield Text.assemble(("pipe    ", "bold"), f"{how}; {bubble}")
+    table = new_table("device", "stages", "passes", "busy", "work", "in work", "kept", "memory", left=(1,))
+    for d, device in enumerate(pipeline.devices):
+        table.add_row(
+            str(d),
+            show_stages(device.stages),
+            f"{device.forward} F {device.backward} B" if device.backward else f"{device.forward} F",
+            show_seconds(device.busy_seconds),
+            show_flops(device.flops),
+            str(device.in_work),
+            f"{device.kept}: {show_bytes(device.kept_bytes)}" if device.kept else "0",
+            show_bytes(device.memory_bytes),
+        )
+    yield table
+    yield Text("in work: microbatches with a pass backward to come; kept: inputs of stages, part of the memory", "dim")
+
+
+def show_stages(stages: Sequence[int]) -> str:
+    """``0, 4``: of many the first, the second and the last."""
+    listed = [str(stage) for stage in stages]
+    return ", ".join(listed if len(listed) <= 4 else [*listed[:2], "…", listed[-1]])
+
+
 def new_table(*columns: str, left: Iterable[int] = (0,)) -> Table:
     """A table whose columns ``left`` hold words, and the others figures, which are not wrapped."""
     table = Table(show_edge=False, pad_edge=False, box=SIMPLE_HEAD, header_style="dim")
@@ -310,6 +344,7 @@ def _figures(sides: Sequence[Summary]) -> Iterator[Figure]:
     yield "  compute", [s.compute_seconds for s in sides], show_seconds, False, run
     yield "  HBM", [s.hbm_seconds for s in sides], show_seconds, False, run
     yield "  communication alone", [s.exposed_seconds for s in sides], show_seconds, False, run
+    yield "  bubble", [s.bubble_seconds for s in sides], show_seconds, False, run
     yield "MFU", [s.mfu for s in sides], _percent, True, exact
     yield "HFU", [s.hfu for s in sides], _percent, True, exact
     yield "work", [s.flops["total"] for s in sides], show_flops, False, run

@@ -13,9 +13,10 @@ from .drawn import Cut, Row, Stretch, code_around, code_at, cuts_of, joined_rows
 from .hardware import Hardware
 from .memory import Memory, Moment, Saved
 from .network import Machine, in_order, show_axes
+from .pipeline import Pipeline
 from .program import Block, Choice, Loop, Op, Program
-from .time import COMPUTE, HBM, Times
-from .traffic import Collective
+from .time import BUBBLE, COMPUTE, HBM, Times
+from .traffic import Collective, sent_by_busiest
 from .warnings import PlanWarning
 from .work import Flops, Work
 
@@ -76,7 +77,8 @@ class Summary:
     complete: bool
     """False when XLA's partitioner chooses the communication of some operations: every figure lacks theirs."""
     sure: bool
-    """False when a loop of unknown length counts as one turn, or one of several branches runs."""
+    """False when a loop of unknown length counts as one turn, or one of several branches runs and it is not known
+    which: of a pipeline's it is."""
     bound: str
     """How time, work and traffic are to be read: as they are (""), ``at least`` (incomplete, or a loop of unknown
     length), ``at most`` (branches: that with the most
@@ -86,13 +88,15 @@ class Summary:
     hbm_seconds: float | None
     exposed_seconds: float | None
     """While only collectives run."""
+    bubble_seconds: float | None
+    """While the device waits for others of its pipeline."""
     axis_seconds: Mapping[str, float]
     """How long the network of each axis is busy."""
     axis_exposed_seconds: Mapping[str, float]
     """How much of it no computation hides."""
     parts_seconds: Mapping[str, float]
-    """The call's seconds by what they go to, ``compute``, ``HBM`` and the axes: they add up. While several networks
-    run at once and nothing is computed, the time is shared out among them."""
+    """The call's seconds by what they go to, ``compute``, ``HBM``, the axes and the ``bubble``: they add up. While
+    several networks run at once and nothing is computed, the time is shared out among them."""
     bottleneck: str | None
     mfu: float | None
     """None as well where time and work are only lower bounds."""
@@ -122,6 +126,9 @@ class Summary:
     """What a device holds over the step, in the program's order."""
     saved: tuple[Saved, ...]
     """What the forward pass leaves for the backward pass, the largest first."""
+    pipelines: tuple[Pipeline, ...]
+    """Its pipelines, with what each device along one does and when. Work, time and traffic above are those of the
+    device that has most."""
 
     @property
     def sent_bytes(self) -> int:
@@ -147,12 +154,14 @@ def summary(
     rows: Sequence[Collective],
     memory: Memory,
     warnings: tuple[PlanWarning, ...],
+    pipelines: tuple[Pipeline, ...],
 ) -> Summary:
     """The summary of a plan's parts."""
     hardware, sizes = machine.hardware if machine is not None else None, program.sizes
     loops, branches = _unsure(program.block)
     least = loops or bool(program.unknown)
     rates = times if not least else None
+    sent = sent_by_busiest(rows)
     work = {
         kind: getattr(flops, kind)
         for kind in ("total", "useful", "recomputed", "duplicated", "matmul", "convolution", "elementwise")
@@ -169,6 +178,7 @@ def summary(
         compute_seconds=times.compute_seconds if times else None,
         hbm_seconds=times.hbm_seconds if times else None,
         exposed_seconds=times.exposed_seconds if times else None,
+        bubble_seconds=times.bubble_seconds if times else None,
         axis_seconds={axis.axes: axis.seconds for axis in times.axes} if times else {},
         axis_exposed_seconds={axis.axes: axis.exposed_seconds for axis in times.axes} if times else {},
         parts_seconds=_parts(times) if times else {},
@@ -176,11 +186,11 @@ def summary(
         mfu=rates.mfu if rates else None,
         hfu=rates.hfu if rates else None,
         flops=work,
-        traffic=_traffic(rows, sizes, machine),
+        traffic=_traffic(sent, sizes, machine),
         held_bytes=dict(memory.by_kind),
         peak_bytes=memory.peak_bytes,
         available_bytes=hardware.memory_bytes or None if hardware is not None else None,
-        lines=_lines(flops.works, rows, times),
+        lines=_lines(flops.works, sent, times),
         warnings=warnings,
         unverified=tuple(dict.fromkeys((*hardware.unchecked, *hardware.assumed))) if hardware is not None else (),
         figures=_figures(hardware) if hardware is not None else {},
@@ -189,6 +199,7 @@ def summary(
         timeline=stretches(times.spans) if times else (),
         moments=memory.timeline,
         saved=memory.saved,
+        pipelines=pipelines,
     )
 
 
@@ -199,14 +210,15 @@ def _unsure(block: Block) -> tuple[bool, bool]:
         if not isinstance(node, Op):
             inner = [_unsure(b) for b in ([node.body] if isinstance(node, Loop) else node.branches)]
             loops |= (isinstance(node, Loop) and node.length is None) or any(loop for loop, _ in inner)
-            branches |= isinstance(node, Choice) or any(branch for _, branch in inner)
+            branches |= (isinstance(node, Choice) and node.passes is None) or any(branch for _, branch in inner)
     return loops, branches
 
 
 def _parts(times: Times) -> dict[str, float]:
     alone = sum(axis.exposed_seconds for axis in times.axes) or 1.0
     shared = {axis.axes: axis.exposed_seconds / alone * times.exposed_seconds for axis in times.axes}
-    return {COMPUTE: times.compute_seconds, HBM: times.hbm_seconds, **shared}
+    waits = {BUBBLE: times.bubble_seconds} if times.pipelines else {}
+    return {COMPUTE: times.compute_seconds, HBM: times.hbm_seconds, **shared, **waits}
 
 
 def _figures(hardware: Hardware) -> dict[str, float | str]:

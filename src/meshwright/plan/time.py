@@ -9,7 +9,7 @@ that of the first), else one for the switch and one for the slow network. Each t
 what needs no result of a running collective goes on beside it: a whole loop too, if it has no collectives. Between the
 turns of a loop nothing overlaps, and where the hardware cannot overlap, everything runs in one line.
 
-    seconds = compute + HBM + the time that only collectives run
+    seconds = compute + HBM + the time that only collectives run + the bubble of a pipeline
 
     MFU = model FLOPs / (seconds x peak)          the products of the program, once: not what is recomputed, nor the
                                                   copies that other devices compute as well
@@ -17,6 +17,9 @@ turns of a loop nothing overlaps, and where the hardware cannot overlap, everyth
 
 In both, attention under a causal mask counts half (``attention.py`` says which products those are). Products of every
 dtype count at the peak of bfloat16.
+
+Along a pipeline devices do different passes; its loops are played through turn by turn (``pipeline.py``). What the time
+goes to is then said of the device that is busiest, and the MFU and HFU are of the mean of all.
 """
 
 import bisect
@@ -24,19 +27,22 @@ import dataclasses
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
+from ..microbatches.order import BACKWARD, FORWARD
 from .attention import masked_products
 from .lineage import Lineage
 from .network import Machine, show_axes
 from .origin import RECOMPUTE, Origin
-from .program import Block, Loop, Node, Op, Program, reads_of
+from .passes import Passes, Runs
+from .pipeline import Chosen, Everywhere, Handed, Played, Step, played
+from .program import Block, Choice, Loop, Node, Op, Program, devices_along, reads_of
 from .touched import Moved, touched_bytes
 from .traffic import rows_of
 from .work import CONVOLUTION, ELEMENTWISE, MATMUL, copies_of, flops_of
 
-COMPUTE, HBM, LOOP = "compute", "HBM", "loop"
+COMPUTE, HBM, LOOP, BUBBLE = "compute", "HBM", "loop", "bubble"
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Span:
     name: str
     """The primitive, or the kind of collective; ``loop`` for a loop."""
     stream: str
-    """``compute``, ``HBM``, or the axes of the network: ``data``, ``pod x data``; ``loop``."""
+    """``compute``, ``HBM``, or the axes of the network: ``data``, ``pod x data``; ``loop``; ``bubble`` where a device
+    waits for others of its pipeline."""
     start_seconds: float
     """From the beginning of what it stands in."""
     seconds: float
@@ -87,18 +94,22 @@ class Times:
     """What the way through memory limits."""
     exposed_seconds: float
     """While collectives run and nothing is computed."""
+    bubble_seconds: float
+    """While the device waits for others of its pipeline; 0 without one."""
     axes: tuple[AxisTime, ...]
     mfu: float
     hfu: float
     sure: bool
     """False when a loop of unknown length counted as one turn, or the longest of several branches was taken."""
     spans: tuple[Span, ...] = field(repr=False)
-    """The timeline."""
+    """The timeline; of a pipeline's loops, that of the device which is busiest, like passes together."""
+    pipelines: tuple[Played, ...] = field(repr=False)
+    """The loops of pipelines, as they run on all devices."""
 
     @property
     def bottleneck(self) -> str:
-        """What takes the largest part of the time: ``compute``, ``HBM`` or an axis."""
-        parts = {COMPUTE: self.compute_seconds, HBM: self.hbm_seconds}
+        """What takes the largest part of the time: ``compute``, ``HBM``, an axis or the ``bubble``."""
+        parts = {COMPUTE: self.compute_seconds, HBM: self.hbm_seconds, BUBBLE: self.bubble_seconds}
         parts.update({axis.axes: axis.exposed_seconds for axis in self.axes})
         return max(parts, key=lambda name: parts[name])
 
@@ -106,7 +117,7 @@ class Times:
         """For each line of the user's, the seconds of each stream; of networks, what is not hidden."""
         found: dict[tuple[str, int], dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for span, turns in every_span(self.spans):
-            seconds = span.seconds if span.stream in (COMPUTE, HBM) else span.alone_seconds
+            seconds = span.seconds if span.stream in (COMPUTE, HBM, BUBBLE) else span.alone_seconds
             found[span.origin.file, span.origin.line][span.stream] += seconds * turns
         return {line: dict(parts) for line, parts in found.items()}
 
@@ -132,21 +143,24 @@ def times_of(program: Program, machine: Machine, lineage: Lineage) -> Times:
     axes = tuple(
         AxisTime(name, busy[name], alone[name], str(machine.path(tuple(name.split(" x ")))))
         for name in busy
-        if name not in (COMPUTE, HBM)
+        if name not in (COMPUTE, HBM, BUBBLE)
     )
-    model, executed = _products(program.block, masked_products(program, lineage), program.sizes)
+    halved, num = masked_products(program, lineage), devices_along(program.block)
+    model, executed = (n / num for n in _products(program.block, halved, program.sizes, (1,) * num))
     peak = machine.hardware.peak_flops * seconds or math.inf
     return Times(
         machine,
         seconds,
         busy[COMPUTE],
         busy[HBM],
-        max(0.0, seconds - busy[COMPUTE] - busy[HBM]),
+        max(0.0, seconds - busy[COMPUTE] - busy[HBM] - busy[BUBBLE]),
+        busy[BUBBLE],
         tuple(sorted(axes, key=lambda axis: -axis.seconds)),
         model / peak,
         executed / peak,
         scheduler.sure,
         spans,
+        tuple(scheduler.pipelines),
     )
 
 
@@ -180,22 +194,29 @@ def product_sizes(op: Op) -> tuple[int, int, int]:
     return rows, max(1, out.num_elements // max(1, rows * copies)), summed
 
 
-def _products(block: Block, halved: Set[int], sizes: Mapping[str, int], turns: int = 1) -> tuple[float, float]:
-    """The operations of a block's products, for the MFU and for the HFU; half of those under a mask."""
+def _products(block: Block, halved: Set[int], sizes: Mapping[str, int], runs: Runs) -> tuple[float, float]:
+    """The operations of a block's products, for the MFU and for the HFU, on all devices along a pipeline together; half
+    of those under a mask."""
     model = executed = 0.0
     for node in block.nodes:
         if isinstance(node, Op):
             kind, flops = flops_of(node)
             if kind not in (MATMUL, CONVOLUTION) or not flops:
                 continue
-            flops = flops * turns / (2 if id(node) in halved else 1)
+            flops = flops * sum(runs) / (2 if id(node) in halved else 1)
             executed += flops
             if node.origin.direction != RECOMPUTE:
                 model += flops / copies_of(node, dict(sizes))
             continue
-        parts = [node.body] if isinstance(node, Loop) else node.branches
-        length = (node.length if node.length is not None else 1) if isinstance(node, Loop) else 1
-        found = [_products(part, halved, sizes, turns * length) for part in parts]
+        if isinstance(node, Loop):
+            turns = node.length if node.length is not None else 1
+            found = [_products(node.body, halved, sizes, tuple(n * turns for n in runs))]
+        elif node.passes is not None:
+            within = ((branch, node.passes.runs(i, runs)) for i, branch in enumerate(node.branches))
+            parts = [_products(branch, halved, sizes, each) for branch, each in within]
+            found = [(sum(m for m, _ in parts), sum(e for _, e in parts))]
+        else:
+            found = [_products(branch, halved, sizes, runs) for branch in node.branches]
         model += max(m for m, _ in found)
         executed += max(e for _, e in found)
     return model, executed
@@ -207,6 +228,7 @@ class _Scheduler:
 
     machine: Machine
     sure: bool = True
+    pipelines: list[Played] = field(default_factory=list)
 
     def block(self, block: Block) -> tuple[float, tuple[Span, ...]]:
         """How long one run of a block takes, and its timeline: each unit takes what has been ready longest."""
@@ -252,6 +274,8 @@ class _Scheduler:
                 return Span(rows[0].kind, show_axes(rows[0].axes, self.machine.sizes), 0.0, seconds, 1, node.origin)
             stream, seconds = op_seconds(node, touched.get(id(node), Moved()), self.machine)
             return Span(node.name, stream, 0.0, seconds, 1, node.origin)
+        if isinstance(node, Loop) and any(isinstance(x, Choice) and x.passes is not None for x in node.body.nodes):
+            return self._pipeline(node)
         if isinstance(node, Loop):
             self.sure &= node.length is not None
             seconds, inside = self.block(node.body)
@@ -260,6 +284,69 @@ class _Scheduler:
         self.sure = False
         seconds, inside = max((self.block(branch) for branch in node.branches), key=lambda found: found[0])
         return Span("branch", LOOP, 0.0, seconds, 1, node.origin, inside)
+
+    def _pipeline(self, loop: Loop) -> Span:
+        """A loop over ticks: the passes of the busiest device, like ones together, what it does between them, and how
+        long it waits."""
+        assert loop.length is not None
+        touched = touched_bytes(loop.body, self.machine.hardware.cache_bytes)
+        steps: list[Step] = []
+        between: list[tuple[Span, Collection[int]]] = []
+        timelines: list[tuple[Passes, list[tuple[float, tuple[Span, ...]]]]] = []
+        for node in loop.body.nodes:
+            if isinstance(node, Choice) and node.passes is not None:
+                found = [self.block(branch) for branch in node.branches]
+                timelines.append((node.passes, found))
+                steps.append(Chosen(node.passes, tuple(seconds for seconds, _ in found)))
+            elif (span := self._span(node, touched)).seconds:
+                pairs = node.params["perm"] if isinstance(node, Op) and node.name == "ppermute" else ()
+                steps.append(Handed(tuple(pairs), span.seconds) if pairs else Everywhere(span.seconds))
+                between.append((span, {d for pair in pairs for d in pair}))
+        run = played(steps, loop.length)
+        self.pipelines.append(run)
+        device = max(range(run.order.num_devices), key=lambda d: run.busy_seconds[d])
+        inside = list(_passes_on(device, timelines, loop))
+        inside += _between(between, device, loop)
+        waiting = run.seconds - sum(span.seconds for span in inside)
+        inside.append(Span("bubble", BUBBLE, 0.0, max(0.0, waiting), 1, loop.origin))
+        return Span("pipeline", LOOP, 0.0, run.seconds, 1, loop.origin, _end_to_end(inside))
+
+
+def _passes_on(
+    device: int, timelines: Sequence[tuple[Passes, list[tuple[float, tuple[Span, ...]]]]], loop: Loop
+) -> Iterator[Span]:
+    """The passes of one device, each kind as a loop of as many turns."""
+    assert loop.length is not None
+    for passes, found in timelines:
+        for branch, turns in passes.on(device, loop.length):
+            seconds, spans = found[branch]
+            if spans:
+                kind = passes.order.forms(passes.ticks)[branch][0]
+                name = {FORWARD: "pass forward", BACKWARD: "pass backward"}.get(kind, "waiting")
+                yield Span(name, LOOP, 0.0, seconds * turns, turns, loop.origin, spans)
+
+
+def _between(spans: Sequence[tuple[Span, Collection[int]]], device: int, loop: Loop) -> Iterator[Span]:
+    """What one device does in each turn between its passes: all that no device is named for, and the permutes that it
+    takes part in, which nothing hides."""
+    assert loop.length is not None
+    mine = (span for span, devices in spans if not devices or device in devices)
+    inside = _end_to_end(
+        dataclasses.replace(span, alone_seconds=0.0 if span.stream in (COMPUTE, HBM, LOOP) else span.seconds)
+        for span in mine
+    )
+    if inside:
+        seconds = loop.length * sum(span.seconds for span in inside)
+        yield Span("between passes", LOOP, 0.0, seconds, loop.length, loop.origin, inside)
+
+
+def _end_to_end(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Spans one after the other."""
+    found, now = [], 0.0
+    for span in spans:
+        found.append(dataclasses.replace(span, start_seconds=now))
+        now += span.seconds
+    return tuple(found)
 
 
 def _dependencies(block: Block) -> tuple[list[int], list[list[int]]]:

@@ -146,11 +146,6 @@ class Flops:
         return sum(w.flops - w.flops // w.copies for w in self.works)
 
 
-def flops_in(program: Program) -> Flops:
-    """The work of a program."""
-    return max(flops_along(program), key=lambda flops: flops.total)
-
-
 def flops_along(program: Program) -> tuple[Flops, ...]:
     """The work of each device along the pipeline; of one device where there is none."""
     num = devices_along(program.block)

@@ -27,6 +27,7 @@ const axesShown = [...new Set([...Object.keys(plan.mesh), ...plan.traffic.map((t
 const COLOURS = new Map([
   ["compute", "var(--compute)"],
   ["HBM", "var(--hbm)"],
+  ["bubble", "var(--bubble)"],
   ...axesShown.map((axes, i) => [axes, `var(--axis-${i % 7})`]),
 ]);
 const KINDS = [

@@ -71,7 +71,7 @@ function shownAs(path) {
   if (/seconds/.test(of)) return showSeconds;
   if (/bytes/.test(of)) return (num) => (num === null ? UNKNOWN : showBytes(num));
   if (/flops/.test(of)) return showFlops;
-  if (/mfu|hfu|^matmul$/.test(last) && before !== "flops") return showPercent;
+  if (/mfu|hfu|bubble$|^matmul$/.test(last) && before !== "flops") return showPercent;
   return String;
 }
 

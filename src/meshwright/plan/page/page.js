@@ -6,6 +6,7 @@ headline();
 timeSection();
 warningsSection();
 timelineSection();
+pipelineSection();
 memorySection();
 meshSection();
 communicationSection();

@@ -51,10 +51,17 @@ function loopViews(spans) {
     }
   })(spans);
   return loops.slice(0, 6).map((loop) => ({
-    name: `${loop.name === "branch" ? "The branch" : `One turn of ${loop.turns}`}: ${placeOf(loop)}, ${loop.direction}`,
+    name: [loop.turns > 1 ? `One turn of ${loop.turns}` : `The ${loop.name}`, ...loopWords(loop).slice(0, 1)].join(": "),
     spans: loop.inside,
     seconds: loop.seconds / loop.turns,
   }));
+}
+
+// What a loop is, in words, the longest first: a place of the program, or what the plan calls it.
+function loopWords(loop) {
+  if (loop.name === "pipeline") return [];
+  if (!["loop", "branch"].includes(loop.name)) return [loop.name];
+  return [`${placeOf(loop)}, ${loop.direction}`, loop.direction];
 }
 
 function lanesOf(spans, found = new Set()) {
@@ -143,8 +150,8 @@ function loopBox(loop, bottom) {
     height: bottom - y - 1,
     rx: 3,
   });
-  const turns = loop.span.name === "branch" ? "branch" : `× ${loop.span.turns}`;
-  const texts = [`${turns}  ${placeOf(loop.span)}, ${loop.span.direction}`, `${turns}  ${loop.span.direction}`, turns];
+  const turns = loop.span.turns > 1 ? `× ${loop.span.turns}` : loop.span.name;
+  const texts = [...loopWords(loop.span).map((words) => `${turns}  ${words}`), turns];
   const text = texts.find((words) => words.length * 6.3 + 10 < loop.width);
   return text ? [box, draw("text", { class: "loop-text", x: loop.x + 6, y: y + 13 }, text)] : [box];
 }
