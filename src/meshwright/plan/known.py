@@ -12,6 +12,7 @@ from ..scope import Axes
 from .lineage import Lineage
 from .network import Machine
 from .passes import Runs
+from .pipeline import Pipeline
 from .program import Block, Choice, Loop, Op, Program, Value, devices_along
 from .touched import VIEWS
 from .traffic import ALL_GATHER, Collective, rows_of
@@ -48,9 +49,17 @@ class Known:
     """The axes over which a value is gathered, by its id."""
     given: dict[int, Value] = field(repr=False)
     """What a loop gives its body for a value of the body, by its id."""
+    pipelines: tuple[Pipeline, ...] = ()
 
     @classmethod
-    def of(cls, program: Program, lineage: Lineage, machine: Machine | None, peak_bytes: int) -> "Known":
+    def of(
+        cls,
+        program: Program,
+        lineage: Lineage,
+        machine: Machine | None,
+        peak_bytes: int,
+        pipelines: tuple[Pipeline, ...] = (),
+    ) -> "Known":
         ran = tuple(_ran(program.block, (1,) * devices_along(program.block), False))
         users: dict[int, list[Op]] = defaultdict(list)
         for each in ran:
@@ -63,7 +72,7 @@ class Known:
                 for v in each.op.outs:
                     gathered[id(v)].update(row.axes)
         given = dict(_given(program.block))
-        return cls(program, lineage, machine, peak_bytes, ran, users, makers, gathered, given)
+        return cls(program, lineage, machine, peak_bytes, ran, users, makers, gathered, given, pipelines)
 
     def seconds(self, rows: Sequence[Collective]) -> float | None:
         """What collectives take, all their runs."""

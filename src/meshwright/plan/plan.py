@@ -99,7 +99,7 @@ class Plan:
     @functools.cached_property
     def warnings(self) -> tuple[PlanWarning, ...]:
         """What is probably not as it should be, the most expensive first; without a machine, what needs none."""
-        known = Known.of(self.program, self._lineage, self.machine, self.memory.peak_bytes)
+        known = Known.of(self.program, self._lineage, self.machine, self.memory.peak_bytes, self.pipelines)
         return warnings_of(known)
 
     @functools.cached_property

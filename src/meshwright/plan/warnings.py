@@ -26,6 +26,8 @@ from .work import CONVOLUTION, ELEMENTWISE, MATMUL, flops_of
 
 SHARE = 0.01
 """What is less than this share of its kind is not told."""
+BUBBLE, FINE_BUBBLE = 0.15, 0.10
+"""The part of a pipeline's ticks above which its bubble is told, and that which a remedy leaves at most."""
 RIDGE = 128
 """Of a machine that is not known: rows for which weights are read in the time of their product."""
 
@@ -36,7 +38,7 @@ class PlanWarning:
 
     kind: str
     """``unknown``, ``duplicated``, ``gathered``, ``summed``, ``replicated``, ``small_batch``, ``slow_network``,
-    ``uneven``, ``thin``, ``attention`` or ``memory``."""
+    ``uneven``, ``thin``, ``attention``, ``bubble`` or ``memory``."""
     file: str
     line: int
     message: str
@@ -507,7 +509,38 @@ def _memory(known: Known) -> Iterator[PlanWarning]:
     )
 
 
+def _bubble(known: Known) -> Iterator[PlanWarning]:
+    """Pipelines that take long to fill and to empty, for what goes through them."""
+    for pipeline in known.pipelines:
+        p, v, m = pipeline.num_devices, pipeline.num_runs, pipeline.num_microbatches
+        if pipeline.ticks_bubble <= BUBBLE:
+            continue
+        more, dealt = m, v
+        while _waits(p, v, more) > FINE_BUBBLE:
+            more *= 2
+        while _waits(p, dealt, m) > FINE_BUBBLE:
+            dealt *= 2
+        seconds = pipeline.seconds
+        timed = f" Of the time it is {pipeline.bubble:.0%}." if seconds else ""
+        yield PlanWarning(
+            "bubble",
+            "",
+            0,
+            f"{m} microbatches are few for {p * v} stages on {p} devices: for {pipeline.ticks_bubble:.0%} of the ticks a "
+            f"device waits, (P - 1) / (v m + P - 1) = {p - 1} / {v * m + p - 1}.{timed}",
+            0,
+            pipeline.ticks_bubble * seconds if seconds else None,
+            f"microbatches={more} leaves {_waits(p, v, more):.0%}; virtual_stages={dealt} leaves "
+            f"{_waits(p, dealt, m):.0%}, where the layers are a multiple of {p * dealt}.",
+        )
+
+
+def _waits(num_devices: int, num_runs: int, num_microbatches: int) -> float:
+    """The part of the ticks in which a device of a pipeline waits."""
+    return (num_devices - 1) / (num_runs * num_microbatches + num_devices - 1)
+
+
 _CHECKS: tuple[Callable[[Known], Iterator[PlanWarning]], ...] = (
     _unknown, _memory, _duplicated, _gathered, _summed, _replicated, _small_batch, _slow_network, _uneven, _thin,
-    _attention,
+    _attention, _bubble,
 )  # fmt: skip
