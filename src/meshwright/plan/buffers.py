@@ -10,7 +10,8 @@ A program is read in its order, each operation one moment. A value becomes a buf
 
 Views, slices and what is fused into its readers take nothing: who reads them reads what they are made of. An update in
 place stays where it was. A loop that casts each slice of a stack of parameters casts the whole stack before it, as XLA
-does, once for all loops that read it.
+does, once for all loops that read it; so it does with a parameter that each turn casts. Branches are read one after the
+other. What a pipeline's passes hand on, they change in place.
 
     scan(layer, x, blocks)         start ............................ end
       stack of saved activations   |===================================|=== read by the backward loop
@@ -18,7 +19,7 @@ does, once for all loops that read it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .lineage import Lineage
@@ -70,7 +71,7 @@ class Buffers:
     _fused: dict[int, tuple[Value | None, ...]] = field(default_factory=dict)
     """What a value that is never held is made of."""
     _casts: dict[tuple[int, int], Buffer] = field(default_factory=dict)
-    """Stacks that were cast before a loop, by the stack and the bytes of an element."""
+    """What was cast before a loop, by the value and the bytes of an element."""
 
     @classmethod
     def of(cls, program: Program, lineage: Lineage) -> "Buffers":
@@ -107,12 +108,11 @@ class Buffers:
         for part in self._fused.get(id(value), ()):
             self._read(part, direction)
 
-    def _block(self, block: Block, in_turn: bool, stacks: Sequence[Buffer] = ()) -> None:
-        """The buffers of a block; of a loop's body with the stacks that its last results are written into."""
+    def _block(self, block: Block, in_turn: bool, into: Sequence[Buffer | None] = ()) -> None:
+        """The buffers of a block, whose results are written into those that are given, where one is."""
         passes, narrow = passes_of(block), _narrowed(block)
-        num_kept = len(block.outs) - len(stacks)
-        written = zip(block.outs[num_kept:], stacks, strict=True)
-        self._slots.update((id(passes.source(v)), stack) for v, stack in written if v is not None)
+        written = list(zip(block.outs, into or (None,) * len(block.outs), strict=True))
+        self._slots.update((id(passes.source(v)), to) for v, to in written if v is not None and to is not None)
         for node in block.nodes:
             if isinstance(node, Op) and node.name in VIEWS:
                 self._view(node)
@@ -127,8 +127,9 @@ class Buffers:
                 self._choice(node, in_turn)
             else:
                 self._op(node, passes, narrow, in_turn)
-        for v in block.outs[:num_kept] if self.moments else ():
-            self._read(v, self.moments[-1].direction)
+        for v, to in written if self.moments else ():
+            if to is None:
+                self._read(v, self.moments[-1].direction)
 
     def _view(self, op: Op) -> None:
         buffer = self._of.get(id(op.ins[0])) if op.ins else None
@@ -150,10 +151,20 @@ class Buffers:
                 self._make(v, op.origin, in_turn, narrow.get(id(v), 0))
 
     def _choice(self, choice: Choice, in_turn: bool) -> None:
+        """A result is where the branches make it. What a pipeline's state hands through a branch as it is, others
+        change in place."""
+        sources = [[passes_of(branch).source(v) for v in branch.outs] for branch in choice.branches]
+        state = {id(v): self._of.get(id(v)) for v in choice.ins} if choice.passes is not None else {}
+        made = list(zip(*sources, strict=True))
+        into = [next((state[id(v)] for v in each if state.get(id(v)) is not None), None) for each in made]
         for branch in choice.branches:
-            self._block(branch, True)
-        for v in choice.outs:
-            self._make(v, choice.origin, in_turn)
+            self._block(branch, True, into)
+        for v, each, to in zip(choice.outs, made, into, strict=True):
+            held = to or next((found for x in reversed(each) if (found := self._of.get(id(x))) is not None), None)
+            if held is not None and held.num_bytes == v.num_bytes:
+                self._of[id(v)] = held
+            else:
+                self._make(v, choice.origin, in_turn)
 
     def _loop(self, loop: Loop, in_turn: bool) -> None:
         num_consts, num_carry = len(loop.consts), len(loop.carry)
@@ -163,8 +174,8 @@ class Buffers:
         given = [*zip(loop.consts, inside, strict=False)]
         given += zip(loop.scanned, inside[num_consts + num_carry :], strict=True)
         reads = [self._pass_in(outer, inner, loop.origin, in_turn) for outer, inner in given]
-        casts = self._cast_before(loop, inside[num_consts + num_carry :], in_turn)
-        self._block(loop.body, True, stacks)
+        casts = self._cast_before(loop, inside, in_turn)
+        self._block(loop.body, True, [*(None for _ in loop.body.outs[len(stacks) :]), *stacks])
         results += stacks
         for buffer in (*results, *casts, *(b for b in reads if b is not None)):
             buffer.end = max(buffer.end, self._now)
@@ -200,29 +211,46 @@ class Buffers:
             else:
                 yield from self._made_of(part)
 
-    def _cast_before(self, loop: Loop, slices: Sequence[Value], in_turn: bool) -> list[Buffer]:
-        """The stacks that XLA casts whole before a loop that casts each of their slices to fewer bytes."""
-        seen = {id(v): i for i, v in enumerate(slices)}
+    def _cast_before(self, loop: Loop, inside: Sequence[Value], in_turn: bool) -> list[Buffer]:
+        """What XLA casts to fewer bytes before a loop whose turns cast it: stacks, of which each turn casts a slice,
+        and parameters, which every turn finds the same."""
+        first = len(loop.consts) + len(loop.carry)
+        outer = dict(zip(map(id, inside[first:]), loop.scanned, strict=True)) if loop.length is not None else {}
+        stacks = set(outer)
+        for given, v in zip(loop.consts, inside, strict=False):
+            if given is not None and self.lineage.parameter(v) is not None:
+                outer[id(v)] = given
         made = []
-        for op in (node for node in loop.body.nodes if isinstance(node, Op) and node.ins):
-            i = seen.get(id(op.ins[0]))
-            if i is None or op.name not in VIEWS:
+        for op in _straight(loop.body):
+            i = id(op.ins[0]) if op.ins else 0
+            if i not in outer or op.name not in VIEWS:
                 continue
-            cast = op.outs[0].dtype.itemsize
-            if op.name != _CAST or loop.length is None:
-                seen[id(op.outs[0])] = i
-            elif slices[i].dtype.itemsize > cast:
-                made.append(self._cast_stack(loop, loop.scanned[i], op.outs[0], cast, in_turn))
+            given, cast = op.ins[0], op.outs[0]
+            assert given is not None
+            if op.name != _CAST:
+                outer[id(cast)] = outer[i]
+                stacks |= {id(cast)} if i in stacks else set()
+            elif given.dtype.itemsize > cast.dtype.itemsize:
+                length = (loop.length,) if i in stacks and loop.length is not None else ()
+                made.append(self._cast_once(outer[i], Value((*length, *cast.shape), cast.dtype), loop.origin, in_turn))
         return made
 
-    def _cast_stack(self, loop: Loop, stack: Value | None, cast: Value, itemsize: int, in_turn: bool) -> Buffer:
-        key = id(stack), itemsize
+    def _cast_once(self, given: Value | None, cast: Value, origin: Origin, in_turn: bool) -> Buffer:
+        key = id(given), cast.dtype.itemsize
         if key not in self._casts:
-            length = loop.length if loop.length is not None else 1
-            whole = Value((length, *cast.shape), cast.dtype)
-            self._casts[key] = self._make(whole, loop.origin, in_turn)
+            self._casts[key] = self._make(cast, origin, in_turn)
             self._casts[key].of_parameter = True
         return self._casts[key]
+
+
+def _straight(block: Block) -> Iterator[Op]:
+    """The operations of a block and of its choices, less those of its loops."""
+    for node in block.nodes:
+        if isinstance(node, Op):
+            yield node
+        elif isinstance(node, Choice):
+            for branch in node.branches:
+                yield from _straight(branch)
 
 
 def _narrowed(block: Block) -> dict[int, int]:
