@@ -96,7 +96,7 @@ def as_the_report_says(pointer: str, value: Any) -> str:
         return show_bytes(value)
     if "flops" in before + last:
         return show_flops(value)
-    if last in ("mfu", "hfu", "matmul"):
+    if last in ("mfu", "hfu", "matmul", "bubble", "ticks_bubble"):
         return f"{value:.0%}"
     return str(value).lower() if isinstance(value, bool) else f"{value}"
 

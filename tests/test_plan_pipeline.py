@@ -6,20 +6,28 @@ and before that a stage does its layers' forward pass again, the last stage alon
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
 import meshwright as mw
+from benchmarks.memory import sums
 from meshwright.microbatches.order import Order, Pass, ordered
+from meshwright.models import DecoderConfig
 from meshwright.plan import Plan
 from meshwright.plan.hlo import compiled_cycles
 from meshwright.plan.passes import Passes, passes_in
 from meshwright.plan.pipeline import Chosen, Everywhere, Handed, Pipeline, played
 from meshwright.plan.work import flops_along
+from meshwright.train import Recipe
+from meshwright.train.loop import Program
+from meshwright.train.step import Place
 
+from .browser import launched
 from .test_plan_exact import _compiled, _lowered, _planned, _totals
+from .test_plan_page import as_the_report_says, figures, found_at, opened
 from .test_plan_warnings import absent, found
 
 F32 = 4
@@ -337,6 +345,31 @@ def test_virtual_stages_lie_apart() -> None:
     assert [(device.forward, device.backward, device.in_work) for device in alone] == [(8, 0, 1)] * 4
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_what_passes_change_in_place_is_held_once(schedule: str) -> None:
+    """Sums of gradients go through the choice of each tick: the CPU's compiler holds them once."""
+    plan = planned(batch=256 * BATCH, scale=16, schedule=schedule)
+    compiled = plan.compile().memory
+    assert compiled is not None
+    assert abs(plan.memory.temporary_bytes / compiled.temporary_bytes - 1) < 0.10
+    few = planned(scale=16, schedule=schedule)
+    gradients = LAYERS // 4 * 2 * (16 * EMBED) * (16 * FF) * F32
+    assert gradients * 2 < few.memory.temporary_bytes < gradients * 3.1, "sums, one microbatch's, and a product's"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_a_decoder_in_stages_takes_what_the_tpu_compiler_says(schedule: str) -> None:
+    mesh = mw.Mesh("pipe=4, data=2", topology="tpu:v5e:2x4")
+    layout = mw.Layout("layers:pipe, batch:data", params="embed:data", microbatches=8, schedule=schedule)
+    model = DecoderConfig(
+        vocab=32768, embed=1024, layers=8, heads=8, head_dim=128, ff=4096, dtype="bfloat16", remat="nothing"
+    )
+    plan = Program(Recipe(model=model, batch=32, length=1024), Place(mesh, layout)).plan().on(mesh)
+    planned_bytes, reported = sums(plan, plan.compile())
+    assert abs(planned_bytes / reported - 1) < 0.10
+
+
 # What is shown
 
 
@@ -355,6 +388,44 @@ def test_print_and_json() -> None:
     assert pipeline_of(untimed).bubble is None
     assert json.loads(untimed.to_json())["pipelines"][0]["devices"][0]["busy_seconds"] is None
     assert "░ bubble" in text and "bubble" in str(plan.compare(plan))
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_the_page_draws_every_pass(tmp_path: Path, timed: bool) -> None:
+    where: dict[str, Any] = {"topology": MACHINE, "batch": 4096, "scale": 32} if timed else {}
+    plan = planned(**where, virtual_stages=2)
+    data = json.loads(plan.to_json())
+    with launched() as browser:
+        for width, dark in ((390, True), (1280, False)):
+            opened(browser, plan, tmp_path, width=width, dark=dark)
+            assert not browser.complaints
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        shown = figures(browser)
+        for pointer, (value, text) in shown.items():
+            expected = found_at(data, pointer)
+            assert text == as_the_report_says(pointer, expected), pointer
+            assert isinstance(expected, str | bool) or (value == "" if expected is None else float(value) == expected)
+        rows = {f"/pipelines/0/devices/{d}/{name}" for d in range(4) for name in ("busy_seconds", "flops", "kept")}
+        assert rows | {"/pipelines/0/ticks_bubble", "/pipelines/0/num_ticks"} <= set(shown)
+        assert ("/pipelines/0/bubble" in shown) == timed
+        boxes = "[...document.querySelectorAll('#pipeline .pass')].map((p) => p.getAttribute('d'))"
+        drawn = [shape.split("M")[1:] for shape in browser.evaluate(boxes)]
+    assert [len(boxes) for boxes in drawn] == [8] * 4 * 2 * 2, "device by device, two kinds, two runs"
+    pipeline = pipeline_of(plan)
+    first = [p for p in pipeline.devices[1].passes if p.kind == "B" and p.stage == 1]
+    starts = [float(box.split()[0]) for box in drawn[4 + 2]]
+    whole = pipeline.seconds if timed else pipeline.num_ticks
+    expected_starts = [(p.start_seconds if timed else p.tick) / whole for p in first]  # type: ignore[operator]
+    scale = (starts[-1] - starts[0]) / (expected_starts[-1] - expected_starts[0])
+    assert starts == pytest.approx([starts[0] + scale * (x - expected_starts[0]) for x in expected_starts], abs=0.02)
+
+
+def test_a_program_without_a_pipeline_has_no_section_of_it(tmp_path: Path) -> None:
+    with launched() as browser:
+        opened(browser, planned("data=4", "batch:data", topology=MACHINE), tmp_path)
+        assert not browser.complaints
+        assert browser.evaluate("document.getElementById('pipeline')") is None
+        assert browser.evaluate("document.querySelectorAll('nav a').length") == 8
 
 
 # A large bubble

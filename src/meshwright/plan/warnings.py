@@ -526,8 +526,8 @@ def _bubble(known: Known) -> Iterator[PlanWarning]:
             "bubble",
             "",
             0,
-            f"{m} microbatches are few for {p * v} stages on {p} devices: for {pipeline.ticks_bubble:.0%} of the ticks a "
-            f"device waits, (P - 1) / (v m + P - 1) = {p - 1} / {v * m + p - 1}.{timed}",
+            f"{m} microbatches are few for {p * v} stages on {p} devices: for {pipeline.ticks_bubble:.0%} of the ticks "
+            f"a device waits, (P - 1) / (v m + P - 1) = {p - 1} / {v * m + p - 1}.{timed}",
             0,
             pipeline.ticks_bubble * seconds if seconds else None,
             f"microbatches={more} leaves {_waits(p, v, more):.0%}; virtual_stages={dealt} leaves "
@@ -541,6 +541,7 @@ def _waits(num_devices: int, num_runs: int, num_microbatches: int) -> float:
 
 
 _CHECKS: tuple[Callable[[Known], Iterator[PlanWarning]], ...] = (
+    _unknown, _memory, _duplicated, _gathered, _summed, _replicated, _small_batch, _slow_network, _uneven, _thin,
     _unknown, _memory, _duplicated, _gathered, _summed, _replicated, _small_batch, _slow_network, _uneven, _thin,
     _attention, _bubble,
 )  # fmt: skip
