@@ -10,8 +10,9 @@ What XLA's CPU compiler rewrites is stated here, and each rewrite has a test of 
 - ``cse``: of identical collectives of identical operands it keeps one. This pass is switched off where bytes are
   compared. With it a program moves the same or less.
 - ``algsimp``: the gather of a constant is a constant. This one is switched off too where a program gathers constants.
-- ``while-loop-invariant-code-motion``: what each turn of a loop sends alike is sent once before it: the numbers of
-  documents round a ring, in each layer's backward pass. Switched off as well where bytes are compared.
+- ``while-loop-invariant-code-motion`` and the expensive kind of it: what each turn of a loop sends alike is sent once
+  before it: the numbers of documents round a ring, in each layer's backward pass; the parameters that each microbatch
+  gathers. Switched off as well where bytes are compared.
 - bfloat16: the CPU has no bfloat16 arithmetic, so it moves such arrays as float32, in twice the bytes.
 
 Under ``partitioner="xla"`` the collectives are XLA's to choose: there the plan says so, or is exact all the same.
@@ -47,7 +48,9 @@ Counts = collections.Counter[tuple[str, tuple[str, ...], int]]
 """How often a collective of a kind, over these axes, of these bytes, runs in all."""
 
 NO_MERGING = {"xla_disable_hlo_passes": "cse"}
-AS_WRITTEN = {"xla_disable_hlo_passes": "cse,algsimp,while-loop-invariant-code-motion"}
+AS_WRITTEN = {
+    "xla_disable_hlo_passes": "cse,algsimp,while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
+}
 
 
 def _sizes(mesh: str) -> dict[str, int]:

@@ -163,7 +163,7 @@ class Buffers:
             held = to or next((found for x in reversed(each) if (found := self._of.get(id(x))) is not None), None)
             if held is not None and held.num_bytes == v.num_bytes:
                 self._of[id(v)] = held
-            else:
+            elif any(x is not None for x in each):
                 self._make(v, choice.origin, in_turn)
 
     def _loop(self, loop: Loop, in_turn: bool) -> None:

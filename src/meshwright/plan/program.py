@@ -97,6 +97,7 @@ class Choice:
 
     branches: tuple["Block", ...]
     ins: tuple[Value | None, ...]
+    """What is chosen by, then what the branches read."""
     outs: tuple[Value, ...]
     origin: Origin
     passes: Passes | None = None
@@ -487,7 +488,7 @@ def _needed(block: Block, wanted: set[int]) -> tuple[list[Node], set[int]]:
         if isinstance(node, Loop):
             node = _pruned_loop(node, wanted)
         elif isinstance(node, Choice):
-            node = dataclasses.replace(node, branches=tuple(_pruned_branch(node, b, wanted) for b in node.branches))
+            node = _pruned_choice(node, wanted)
         kept.append(node)
         wanted |= {id(v) for v in reads_of(node) if v is not None}
     return kept[::-1], wanted
@@ -498,9 +499,16 @@ def reads_of(node: Node) -> tuple[Value | None, ...]:
     return (*node.consts, *node.carry, *node.scanned) if isinstance(node, Loop) else node.ins
 
 
-def _pruned_branch(node: Choice, branch: Block, wanted: set[int]) -> Block:
-    ends = {id(v) for v, out in zip(branch.outs, node.outs, strict=True) if v is not None and id(out) in wanted}
-    return Block(branch.ins, _needed(branch, ends)[0], branch.outs)
+def _pruned_choice(choice: Choice, wanted: set[int]) -> Choice:
+    """A choice whose branches do what the results wanted need, and read no more."""
+    branches, reads = [], {id(choice.ins[0])}
+    for branch in choice.branches:
+        outs = tuple(v if id(out) in wanted else None for v, out in zip(branch.outs, choice.outs, strict=True))
+        nodes, needed = _needed(branch, {id(v) for v in outs if v is not None})
+        branches.append(Block(branch.ins, nodes, outs))
+        reads |= needed
+    ins = tuple(v if id(v) in reads else None for v in choice.ins)
+    return dataclasses.replace(choice, branches=tuple(branches), ins=ins)
 
 
 def _pruned_loop(loop: Loop, wanted: set[int]) -> Loop:
