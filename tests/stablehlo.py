@@ -99,10 +99,11 @@ class _Walk:
         """The branches of a choice: each as often as a constant table of (turn, device) has its number, on the device
         where it has it most often; where there is no such table, every time."""
         table = self.constant(case.operands[0], calls)
-        known = table is not None and table.ndim == 2
         for i, region in enumerate(case.regions):
-            most = int((table == i).sum(0).max()) if known else 1
-            self.inside(_Branch([region]), times // len(table) * most if known else times, calls)
+            runs = times
+            if table is not None and table.ndim == 2:
+                runs = times // len(table) * int((table == i).sum(0).max())
+            self.inside(_Branch([region]), runs, calls)
 
     def constant(self, value: Any, calls: Calls) -> Any:
         """The constant that a value is an element of, through slices, loops that hand it on and calls."""
