@@ -542,6 +542,5 @@ def _waits(num_devices: int, num_runs: int, num_microbatches: int) -> float:
 
 _CHECKS: tuple[Callable[[Known], Iterator[PlanWarning]], ...] = (
     _unknown, _memory, _duplicated, _gathered, _summed, _replicated, _small_batch, _slow_network, _uneven, _thin,
-    _unknown, _memory, _duplicated, _gathered, _summed, _replicated, _small_batch, _slow_network, _uneven, _thin,
     _attention, _bubble,
 )  # fmt: skip
