@@ -30,20 +30,25 @@ class Way:
     layout: str
     options: Mapping[str, Any] = field(default_factory=dict)
     partitioner: str = "names"
+    dcn: str = ""
+    """The axes that cross a slow network."""
 
     def __str__(self) -> str:
         options = "".join(f" {k}={v}" for k, v in self.options.items())
-        return f"{self.mesh} | {self.layout or 'nothing split'}{options} | {self.partitioner}"
+        dcn = f" dcn={self.dcn}" if self.dcn else ""
+        return f"{self.mesh} | {self.layout or 'nothing split'}{options} | {self.partitioner}{dcn}"
 
     def region(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         sizes = [int(part.split("=")[1]) for part in self.mesh.split(",")]
-        mesh = mw.Mesh(self.mesh, jax.devices()[: math.prod(sizes)])
+        mesh = mw.Mesh(self.mesh, jax.devices()[: math.prod(sizes)], dcn=self.dcn)
         return mw.spmd(fn, mesh, mw.Layout(self.layout, **self.options), partitioner=self.partitioner)
 
 
-def ways(*pairs: tuple[str, str], partitioners: Sequence[str] = ("names", "xla"), **options: Any) -> list[Way]:
+def ways(
+    *pairs: tuple[str, str], partitioners: Sequence[str] = ("names", "xla"), dcn: str = "", **options: Any
+) -> list[Way]:
     """A way for each (mesh, layout) and partitioner."""
-    return [Way(mesh, layout, options, p) for mesh, layout in pairs for p in partitioners]
+    return [Way(mesh, layout, options, p, dcn) for mesh, layout in pairs for p in partitioners]
 
 
 ABC = [

@@ -64,8 +64,10 @@ V7X = mw.Mesh("data=8, model=2", topology="tpu:v7x:2x2x2")
         (NODES, "all_gather", "data", S / 2 / 50e9 + 30 * US),  # two nodes, one GPU of each
         (NODES, "all_reduce", "data", 2 * S / 2 / 50e9 + 30 * US),
         (NODES, "all_gather", "data model", 29 * US + S * 7 / 8 / 324e9 + 30 * US),  # within a node it takes longer
-        (SMALL, "all_gather", "pod data", S / 2 / (8 * 6.25e9) + US),  # between slices, though all eight send
-        (SMALL, "all_reduce", "pod data", 2 * S / 2 / (8 * 6.25e9) + US),
+        # Within the slices (lines of 2, 2 and 2) and then between them, where all eight send.
+        (SMALL, "all_gather", "pod data", S * 7 / 8 / (3 * 90e9) + 3 * US + S / 2 / (8 * 6.25e9) + US),
+        (SMALL, "all_reduce", "pod data", 2 * (S * 7 / 8 / (3 * 90e9) + 3 * US + S / 2 / (8 * 6.25e9)) + US),
+        (A100, "all_reduce", "data model", 2 * S * 15 / 16 / (8 * 25e9) + 38 * US),  # a ring through both nodes
         (A100, "all_gather", "model", S * 7 / 8 / 300e9 + 38 * US),  # nothing measured: the formula of a switch
         (A100, "all_to_all", "model", S * 7 / 8 / 300e9 + 38 * US),
         (SLICES, "all_reduce", "pod", 2 * S / 2 / 3.1e9 + US),

@@ -17,7 +17,9 @@ function            communicates           type of the result  in the backward p
 ``permute``         point to point         varying             point to point
 ==================  =====================  ==================  =====================
 
-``axes`` is a tuple of axis names; several axes act as one long axis, the first the slowest.
+``axes`` is a tuple of axis names; several axes act as one long axis, the first the slowest. How a sum over them is
+taken, in the backward pass too, ``sums`` says (``summing.py``): in a wider dtype, or in steps where some axes cross a
+slow network.
 
 One axis is not of the mesh: ``TIME``, along which a device takes the microbatches of a batch one after the other. What
 is split over it is seen a microbatch at a time; sums along it are left to the end, when all have been seen, and nothing
@@ -40,6 +42,7 @@ from jax.custom_derivatives import linear_call
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .errors import fail
+from .summing import PLAIN, Summing
 
 Array = jax.Array
 Axes = tuple[str, ...]
@@ -82,11 +85,33 @@ def _ordered(axes: Sequence[str] | frozenset[str]) -> Axes:
     return tuple(a for a in mesh.axis_names if a in axes)
 
 
-def vary(x: Array, axes: frozenset[str], sums: str | None = None) -> Array:
-    """Let ``x`` vary over ``axes`` too. No data moves; the gradient is summed over the axes added, in ``sums`` if
-    given."""
-    missing = axes - varies_over(x) - {TIME}
-    return _in_dtype(lambda y: lax.pcast(y, _ordered(missing), to="varying"), x, sums) if missing else x
+def vary(x: Array, axes: frozenset[str], sums: Summing = PLAIN) -> Array:
+    """Let ``x`` vary over ``axes`` too. No data moves; the gradient is summed over the axes added, as ``sums`` says."""
+    missing = _ordered(axes - varies_over(x) - {TIME})
+    if not missing:
+        return x
+    if sums.in_steps(missing, x.nbytes):
+        return _vary_for_steps(x, missing, sums)
+    return _in_dtype(lambda y: lax.pcast(y, missing, to="varying"), x, sums)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _vary_for_steps(x: Array, axes: Axes, sums: Summing) -> Array:
+    """``vary``, where the sum of the gradient is taken in steps: the transpose of JAX's is one all-reduce."""
+    return lax.pcast(x, axes, to="varying")
+
+
+@_vary_for_steps.defjvp
+def _vary_for_steps_jvp(
+    axes: Axes, sums: Summing, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    def tangent(_: tuple[()], t: Array) -> Array:
+        return lax.pcast(t, axes, to="varying")
+
+    def transposed(_: tuple[()], g: Array) -> Array:
+        return _in_dtype(lambda y: _added(y, axes, sums), g, sums)
+
+    return _vary_for_steps(*primals, axes, sums), linear_call(tangent, transposed, (), *tangents)
 
 
 def zeros_like(x: Array) -> Array:
@@ -125,31 +150,83 @@ def at_once(axes: Axes, what: str) -> Axes:
     return axes
 
 
-def all_sum(x: Array, axes: Axes, dtype: str | None = None) -> Array:
-    """The sum over the devices along ``axes``, taken in ``dtype`` when one is given."""
+def all_sum(x: Array, axes: Axes, sums: Summing = PLAIN) -> Array:
+    """The sum over the devices along ``axes``, taken as ``sums`` says."""
     if TIME in axes:
-        return _summed_later(x, tuple(a for a in axes if a != TIME), dtype)
+        return _summed_later(x, tuple(a for a in axes if a != TIME), sums)
     x = vary(x, frozenset(at_once(axes, "a sum")))
-    return _in_dtype(lambda y: lax.psum(y, axes), x, dtype)
+    return _in_dtype(lambda y: _added(y, axes, sums), x, sums)
 
 
-def _summed_later(x: Array, now: Axes, dtype: str | None) -> Array:
+def _summed_later(x: Array, now: Axes, sums: Summing) -> Array:
     """The addend of one microbatch, marked as such: whoever runs the microbatches adds them up."""
     if _turn.value.without_sums:
-        return all_sum(jnp.zeros_like(x), now, dtype) if now else jnp.zeros_like(x)
-    return checkpoint_name(all_sum(x, now, dtype) if now else x, SUMMED)
+        return all_sum(jnp.zeros_like(x), now, sums) if now else jnp.zeros_like(x)
+    return checkpoint_name(all_sum(x, now, sums) if now else x, SUMMED)
 
 
-def sum_scatter(x: Array, axes: Axes, dim: int, dtype: str | None = None) -> Array:
+def _added(x: Array, axes: Axes, sums: Summing) -> Array:
+    """The sum, in one collective or in steps. In steps a dim is dealt out that the fast axes divide, the first one:
+    XLA's compilers scatter it as it lies. Where there is none they deal out the elements, if those can be."""
+    fast = sums.fast(axes)
+    if not sums.in_steps(axes, x.nbytes) or x.size % lax.axis_size(fast):
+        return lax.psum(x, axes)
+    dims = (i for i, size in enumerate(x.shape) if size % lax.axis_size(fast) == 0)
+    dim = next(dims, None)
+    if dim is None:
+        return _added(x.reshape(-1), axes, sums).reshape(x.shape)
+    return _added_in_steps(x, fast, sums.crossing(axes), dim)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _added_in_steps(x: Array, fast: Axes, slow: Axes, dim: int) -> Array:
+    share = lax.psum(lax.psum_scatter(x, fast, scatter_dimension=dim, tiled=True), slow)
+    return lax.all_gather(share, fast, axis=dim, tiled=True, to="invarying")
+
+
+@_added_in_steps.defjvp
+def _added_in_steps_jvp(
+    fast: Axes, slow: Axes, dim: int, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    """The tangents' sum is one collective, whose transpose moves nothing: that of the steps would gather."""
+    return _added_in_steps(*primals, fast, slow, dim), lax.psum(tangents[0], (*slow, *fast))
+
+
+def sum_scatter(x: Array, axes: Axes, dim: int, sums: Summing = PLAIN) -> Array:
     """The sum over the devices along ``axes``, of which each keeps its slice along position ``dim``."""
     x = vary(x, frozenset(at_once(axes, "a sum that ends split")))
-    return _in_dtype(lambda y: lax.psum_scatter(y, axes, scatter_dimension=dim, tiled=True), x, dtype)
+    return _in_dtype(lambda y: _scattered(y, axes, dim, sums), x, sums)
 
 
-def _in_dtype(collective: Any, x: Array, dtype: str | None) -> Array:
-    if dtype is None or x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+def _scattered(x: Array, axes: Axes, dim: int, sums: Summing) -> Array:
+    runs = _runs(axes, x.nbytes, sums)
+    if not runs:
+        return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+    sizes = [lax.axis_size(run) for run in runs]
+    block = x.shape[dim] // math.prod(sizes)
+    x = x.reshape(*x.shape[:dim], *sizes, block, *x.shape[dim + 1 :])
+    for k in sorted(range(2), key=lambda k: runs[k] == sums.crossing(axes)):
+        x = lax.psum_scatter(x, runs[k], scatter_dimension=dim + k, tiled=True)
+    return x.reshape(*x.shape[:dim], block, *x.shape[dim + 3 :])
+
+
+def _runs(axes: Axes, num_bytes: int, sums: Summing) -> list[Axes]:
+    """The slow and the fast ones among ``axes``, in their order, where each kind stands together and the fast ones are
+    to work first; else nothing."""
+    runs = [sums.crossing(axes), sums.fast(axes)]
+    fitting = [two for two in (runs, runs[::-1]) if two[0] + two[1] == axes]
+    return fitting[0] if fitting and sums.in_steps(axes, num_bytes) else []
+
+
+def _in_dtype(collective: Any, x: Array, sums: Summing) -> Array:
+    if not _is_wider(x, sums):
         return collective(x)  # type: ignore[no-any-return]
-    return collective(x.astype(dtype)).astype(x.dtype)  # type: ignore[no-any-return]
+    return collective(x.astype(sums.dtype)).astype(x.dtype)  # type: ignore[no-any-return]
+
+
+def _is_wider(x: Array, sums: Summing) -> bool:
+    """Whether sums of ``x`` are taken in another dtype than its own."""
+    return sums.dtype is not None and x.dtype != sums.dtype and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def all_max(x: Array, axes: Axes) -> Array:
@@ -162,25 +239,34 @@ def all_min(x: Array, axes: Axes) -> Array:
     return lax.pmin(vary(x, frozenset(at_once(axes, "a minimum"))), axes)
 
 
-def gather(x: Array, axes: Axes, dim: int, sums: str | None = None) -> Array:
-    """Join the devices' slices along position ``dim``; the backward pass reduce-scatters, in ``sums`` if given."""
+def gather(x: Array, axes: Axes, dim: int, sums: Summing = PLAIN) -> Array:
+    """Join the devices' slices along position ``dim``; the backward pass reduce-scatters, as ``sums`` says."""
     x = vary(x, frozenset(at_once(axes, "a gather")))
     if not x.size:
         return _joined_nothing(x, axes, dim, varies_over(x))
-    if sums is None or x.dtype == sums or not jnp.issubdtype(x.dtype, jnp.floating):
+    return _gather_wide(x, axes, dim, sums) if _is_wider(x, sums) else _joined(x, axes, dim, sums)
+
+
+def _joined(x: Array, axes: Axes, dim: int, sums: Summing) -> Array:
+    runs = _runs(axes, x.nbytes * lax.axis_size(axes), sums)
+    if not runs:
         return lax.all_gather(x, axes, axis=dim, tiled=True)
-    return _gather_wide(x, axes, dim, sums)
+    shape = (*x.shape[:dim], -1, *x.shape[dim + 1 :])
+    x = x.reshape(*x.shape[:dim], 1, 1, *x.shape[dim:])
+    for k in sorted(range(2), key=lambda k: runs[k] != sums.crossing(axes)):
+        x = lax.all_gather(x, runs[k], axis=dim + k, tiled=True)
+    return x.reshape(shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _gather_wide(x: Array, axes: Axes, dim: int, sums: str) -> Array:
+def _gather_wide(x: Array, axes: Axes, dim: int, sums: Summing) -> Array:
     """A gather whose gradient is summed in a wider dtype than it moved in: no transpose of JAX's says that."""
-    return lax.all_gather(x, axes, axis=dim, tiled=True)
+    return _joined(x, axes, dim, sums)
 
 
 @_gather_wide.defjvp
 def _gather_wide_jvp(
-    axes: Axes, dim: int, sums: str, primals: tuple[Array], tangents: tuple[Array]
+    axes: Axes, dim: int, sums: Summing, primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
     def tangent(_: tuple[()], t: Array) -> Array:
         return _gather_wide(t, axes, dim, sums)
@@ -236,14 +322,14 @@ def _places(axes: Axes, ordered: Axes) -> list[int]:
     return np.transpose(counted, [ordered.index(a) for a in axes]).ravel().tolist()  # type: ignore[no-any-return]
 
 
-def from_first(x: Array, axes: Axes) -> Array:
+def from_first(x: Array, axes: Axes, sums: Summing = PLAIN) -> Array:
     """A value that is equal along ``axes`` but typed as varying, made equal in type too: one all-reduce.
 
     Its gradient goes to the first device only, so that a later sum over the devices counts it once.
     """
     if x.dtype == jnp.bool_:
-        return from_first(x.astype(jnp.int32), axes) > 0
-    return lax.psum(jnp.where(index(axes) == 0, x, jnp.zeros_like(x)), axes)
+        return from_first(x.astype(jnp.int32), axes, sums) > 0
+    return _added(jnp.where(index(axes) == 0, x, jnp.zeros_like(x)), axes, sums)
 
 
 def constrain(x: Array, mesh: Any, split: Sequence[Axes]) -> Array:

@@ -15,6 +15,7 @@ from jax.extend.core import set_current_trace, take_current_trace
 
 from . import collectives
 from .scope import Scope, Split
+from .summing import PLAIN
 
 
 class Cell:
@@ -51,7 +52,7 @@ def gathered(array: Any, rest: Split | None, want: frozenset[str], scope: Scope 
     pass reduce-scatters; where it does not, every device has the whole gradient and keeps its slice."""
     for i, axes in enumerate(rest or ()):
         if axes and want.issuperset(axes):
-            array = collectives.gather(array, axes, i, scope.sums if scope else None)
+            array = collectives.gather(array, axes, i, scope.sums if scope else PLAIN)
         elif axes:
             array = collectives.gather_equal(array, axes, i)
     return array

@@ -32,6 +32,7 @@ from .inherit import LIKE, Inherited, inherited_text, read_inherited, resolved
 from .mesh import Mesh
 from .notation import Notation, check_known
 from .scope import Axes, Scope, Split, Stages
+from .summing import Summing
 from .tensor import ACTIVATION, PARAMETER, Role
 
 OPTIMIZER = "optimizer"
@@ -372,7 +373,8 @@ def _scope(layout: Layout, mesh: Mesh, partitioner: str, in_time: bool) -> Scope
         sizes[TIME] = layout.microbatches[1]
     splits = ((name, tuple(a for a in axes if sizes[a] > 1 or a == TIME)) for name, axes in layout.splits(in_time))
     kept = tuple((name, axes) for name, axes in splits if axes)
-    return Scope(mesh.jax_mesh, kept, tuple(sizes.items()), partitioner, layout.sums, layout.text)
+    sums = Summing(layout.sums, tuple(a for a in mesh.dcn if sizes[a] > 1))
+    return Scope(mesh.jax_mesh, kept, tuple(sizes.items()), partitioner, sums, layout.text)
 
 
 @functools.lru_cache(maxsize=8192)

@@ -207,7 +207,7 @@ class Region:
             return None, places
         num_devices = self.scope.size(self.stages.axes) if self.stages is not None else 1
         num = self.layout.microbatches[1]
-        return Microbatches(num, self.layout.schedule, self.stages, num_devices, self.layout.sums), places
+        return Microbatches(num, self.layout.schedule, self.stages, num_devices, self.scope.summing), places
 
     def _spec(self, these: Dims, rest: Split) -> PartitionSpec:
         compute = self.scope.split(these, "spmd")

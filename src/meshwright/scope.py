@@ -18,6 +18,7 @@ import jax
 
 from .dims import Dim, Dims, show
 from .errors import fail
+from .summing import PLAIN, Summing
 
 Axes = tuple[str, ...]
 Split = tuple[Axes, ...]
@@ -41,8 +42,8 @@ class Scope:
     """Every axis of the mesh and its size."""
     partitioner: str = "names"
     """``names``: slices and collectives by this package. ``xla``: whole arrays with sharding constraints."""
-    sums: str | None = None
-    """The dtype in which sums across devices are taken; None keeps the operand's."""
+    summing: Summing = PLAIN
+    """How sums across devices are taken; operations ask ``sums``."""
     text: str = ""
     """The layout as its user wrote it, for errors."""
     met: set[str] = field(default_factory=set)
@@ -50,7 +51,7 @@ class Scope:
 
     @functools.cached_property
     def _key(self) -> tuple[Any, ...]:
-        return self.mesh, self.splits, self.sizes, self.partitioner, self.sums
+        return self.mesh, self.splits, self.sizes, self.partitioner, self.summing
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -72,6 +73,12 @@ class Scope:
     def manual(self) -> bool:
         """Whether tensors are slices here."""
         return self.partitioner == "names"
+
+    @property
+    def sums(self) -> Summing:
+        """How sums across devices are taken here. Inside ``vmap`` they are not taken in steps: JAX has no rule for what
+        that is made of."""
+        return self.summing if _mapped.value is None else self.summing.in_one
 
     @functools.cached_property
     def _axes_by_name(self) -> dict[str, Axes]:
@@ -158,7 +165,7 @@ def _check_mapped(scope: Scope, these: Dims, split: Split, taken: frozenset[str]
 
 
 _ambient = jax.make_user_context(None)
-_mapped = jax.make_user_context(frozenset())
+_mapped = jax.make_user_context(None)
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,7 @@ def staging(stages: Stages | None) -> AbstractContextManager[None]:
 
 def vmapped_axes() -> frozenset[str]:
     """The axes of the dims that a surrounding ``vmap`` has taken away."""
-    return _mapped.value  # type: ignore[no-any-return]
+    return _mapped.value or frozenset()
 
 
 def mapped_axes() -> frozenset[str]:

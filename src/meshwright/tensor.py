@@ -37,6 +37,7 @@ from .dims import Dim, Dims, Names, as_dims, as_names, find, index_of, names_of,
 from .errors import fail, fail_type, nearest
 from .held import Cell, gathered, merge_runs, slice_own
 from .scope import Axes, Scope, Split, current, current_manual, describe, mapped_axes
+from .summing import PLAIN
 
 ACTIVATION = "activation"
 PARAMETER = "parameter"
@@ -163,7 +164,7 @@ class Tensor:
         """The slice held by a parameter that each use makes whole for itself. What came into the region varies over the
         use's other axes once for all uses: their gradients are added up before they are summed over devices. (What is
         made of it, a cast one too, is summed by itself.)"""
-        sums = self.scope.sums if self.scope else None
+        sums = self.scope.sums if self.scope else PLAIN
         beyond = want.difference(a for axes in self.rest or () for a in axes)
         if not self.came or not beyond:
             return self.raw
@@ -172,11 +173,11 @@ class Tensor:
 
     def for_use(self, raw: Any, want: frozenset[str]) -> Any:
         """What ``local`` gives for a parameter at rest whose slice held is ``raw``."""
-        unwanted, sums = tuple(a for a in self.copies if a not in want), self.scope.sums if self.scope else None
+        unwanted, sums = tuple(a for a in self.copies if a not in want), self.scope.sums if self.scope else PLAIN
         with told(self.dims):
             # Varied before it is gathered: its gradient is scattered first, then what is left summed over other axes.
             array = gathered(collectives.vary(raw, want, sums), self.rest, want, self.scope)
-            return collectives.vary(collectives.from_first(array, unwanted) if unwanted else array, want, sums)
+            return collectives.vary(collectives.from_first(array, unwanted, sums) if unwanted else array, want, sums)
 
     def at_home(self) -> Any:
         """This device's slice, as it lies at rest, of a parameter that was gathered once a step."""
@@ -194,8 +195,8 @@ class Tensor:
         """What is held, its pending sum taken."""
         if not self.partial:
             return self.raw
-        axes, dtype = self.partial, self.scope.sums if self.scope else None
-        take = self._cell.shared or (lambda: collectives.all_sum(self.raw, axes, dtype))
+        axes, sums = self.partial, self.scope.sums if self.scope else PLAIN
+        take = self._cell.shared or (lambda: collectives.all_sum(self.raw, axes, sums))
         return self._cell.once(("sum", axes), take)
 
     @property
@@ -210,8 +211,8 @@ class Tensor:
 
     def _kept(self, want: frozenset[str]) -> Any:
         """The slice with its promises kept: first the sum, on what is held, then the gather, then one value."""
-        held = summed = self.summed()
-        used = _NOTHING
+        held, used = (summed := self.summed()), _NOTHING
+        sums = self.scope.sums if self.scope else PLAIN
         if self.rest is not None:
             used = frozenset(a for axes in self.rest for a in axes) & want
             held = self._cell.once(
@@ -220,7 +221,7 @@ class Tensor:
         unwanted = tuple(a for a in self.copies if a not in want)
         if unwanted:
             whole, key = held, ("first", self.partial, self.rest, used, unwanted)
-            held = self._cell.once(key, lambda: collectives.from_first(whole, unwanted))
+            held = self._cell.once(key, lambda: collectives.from_first(whole, unwanted, sums))
         return held
 
     # Operators and methods: each hands over to ops/
@@ -514,7 +515,7 @@ def make(
         return t
     if not these:
         total = collectives.all_sum(raw, partial, scope.sums) if partial else raw
-        return collectives.from_first(total, copies) if copies else total
+        return collectives.from_first(total, copies, scope.sums) if copies else total
     scope.split(these, asked)
     t = object.__new__(Tensor)
     if rest is not None and not any(rest):

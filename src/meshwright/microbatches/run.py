@@ -23,6 +23,7 @@ from .. import collectives
 from ..collectives import TIME, Turn, taking
 from ..errors import fail
 from ..scope import Split, Stages, staging
+from ..summing import Summing
 from .accumulate import Accumulated, Function
 from .cut import cut, has_stages
 from .pipeline import Pipelined
@@ -39,8 +40,8 @@ class Microbatches:
     stages: Stages | None
     num_devices: int
     """Along the pipeline; 1 without one."""
-    sums: str | None
-    """The dtype in which sums across devices are taken."""
+    sums: Summing
+    """How sums across devices are taken."""
 
     def run(
         self,

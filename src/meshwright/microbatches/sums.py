@@ -31,7 +31,7 @@ _SUMS = (SUM, SHIFTED)
 _LINEAR = {
     "neg", "reshape", "broadcast_in_dim", "squeeze", "transpose", "slice", "reduce_sum", "copy", "pvary",
     "psum", "psum_invariant", "expand_dims", "concatenate", "reduce_precision", "real", "imag", "optimization_barrier",
-    "rev", "stop_gradient", "name", "dynamic_slice",
+    "rev", "stop_gradient", "name", "dynamic_slice", "reduce_scatter", "all_gather", "all_gather_invariant",
 }  # fmt: skip
 _CALLS = {
     "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",

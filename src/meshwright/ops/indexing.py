@@ -28,6 +28,7 @@ from .. import collectives
 from ..dims import Dim, as_dim, as_dims, find, index_of, show, union, without
 from ..errors import fail, fail_type
 from ..scope import Axes, current_manual
+from ..summing import PLAIN
 from ..tensor import Tensor, make, operator
 from .elementwise import astype
 from .ids import Ids, Meeting, all_axes, as_int32, check_ids, dims_of, from_first_held, from_start
@@ -173,7 +174,7 @@ def _scattered_back(rows: Any, meeting: Meeting) -> Any:
     scope = current_manual()
     for i, d in enumerate(meeting.picked):
         if axes := meeting.joined_of(d):
-            rows = collectives.sum_scatter(rows, axes, i, scope.sums if scope is not None else None)
+            rows = collectives.sum_scatter(rows, axes, i, scope.sums if scope is not None else PLAIN)
     return rows
 
 

@@ -26,6 +26,7 @@ from .. import collectives
 from ..dims import Dim, find, index_of, show, without
 from ..errors import fail, fail_type
 from ..scope import Axes
+from ..summing import PLAIN
 from ..tensor import OPS, PARAMETER, Tensor, operator
 from .along import along, read, resized, shared_out, whole
 from .lowering import axes_of, check_operand, wanted
@@ -183,7 +184,7 @@ def _picked(x: Any, positions: Mapping[str, Any]) -> Any:
     after = without(x.dims, tuple(positions))
     places = [(index_of(x.dims, n, "index"), *shared_out(x.dim(n))[1:], positions[n]) for n in positions]
     axes = tuple(axis for _, axes, _, _ in places for axis in axes)
-    sums = x.scope.sums if x.scope is not None else None
+    sums = x.scope.sums if x.scope is not None else PLAIN
     at_once = bool(axes) and (x.role == PARAMETER or bool(x.copies) or not jnp.issubdtype(x.dtype, jnp.number))
 
     def local(array: Any) -> Any:

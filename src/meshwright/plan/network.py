@@ -4,16 +4,20 @@ A machine is a chip, the sizes of a mesh, and how the mesh lies on the chips. An
 chip, dimensions of the torus (or devices on one switch), and slices or domains that the slow network joins. For a
 buffer of S bytes in a group of N devices, on links of W bytes a second one way:
 
-==============  ===============================  =================  =================  ==============================
-kind            torus that closes, k dimensions  line               switch             M parts of G on the slow network
-==============  ===============================  =================  =================  ==============================
-all_gather      S (N-1)/N / 2Wk + hops alpha     S (N-1)/N / W      S (N-1)/N / W      max(within, S (M-1)/M / G W_slow)
+==============  ===============================  =================  =================  =================================
+kind            torus that closes, k dimensions  line               switch             across M parts of G, W_slow each
+==============  ===============================  =================  =================  =================================
+all_gather      S (N-1)/N / 2Wk + hops alpha     S (N-1)/N / W      S (N-1)/N / W      S (M-1)/M / G W_slow; of switches
+                                                                                       S (N-1)/N / G W_slow
 reduce_scatter  the same                         the same           the same           the same
 all_reduce      twice                            twice              twice              twice
 all_to_all      a quarter, of S = N slices       half, of the same  slice (N-1)/N / W  slice (M-1)/M / W_slow
 permute         slice / W + alpha                the same           slice / W          slice / W_slow
-==============  ===============================  =================  =================  ==============================
+==============  ===============================  =================  =================  =================================
 
+Across and within: TPUs' compiler makes one collective over both of a collective within the slices and one across,
+after each other, so their times add up. On switches a ring runs through all N devices at once, many times side by side
+so that it leaves a part by every wire: the slower of the two counts, and what crosses is the whole ring's share.
 ``hops`` is ceil(N/2) on a ring and N - 1 on a line; a switch has one alpha. Dimensions work side by side, so their
 rates add up. Two devices of a chip that speak in different groups share its links; among themselves they are as on a
 switch of ``core_bytes_per_second``. Measured figures (``achieved``) stand before the formulas of a switch. How a mesh
@@ -133,7 +137,8 @@ class Machine:
                 "slow_bytes_per_second. Write a profile with it: Hardware.load('profile.toml')."
             )
         across = twice * _across(row, path, hardware, self.devices_per_chip)
-        return max(within, across) + hardware.alpha_seconds
+        both = within + across if hardware.network == "torus" else max(within, across)
+        return both + hardware.alpha_seconds
 
 
 def _within(row: Collective, path: Path, hardware: Hardware, per_chip: int) -> float:
@@ -162,7 +167,8 @@ def _across(row: Collective, path: Path, hardware: Hardware, per_chip: int) -> f
     rate = hardware.slow_bytes_per_second / (per_chip // path.cores)
     if row.kind == PERMUTE:
         return row.payload_bytes / rate
-    crossing = row.payload_bytes * (path.parts - 1) / path.parts
+    n = path.parts * path.within if hardware.network == "switch" and row.kind != ALL_TO_ALL else path.parts
+    crossing = row.payload_bytes * (n - 1) / n
     return crossing / rate if row.kind == ALL_TO_ALL else crossing / (rate * (path.within // path.cores))
 
 
