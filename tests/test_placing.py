@@ -188,6 +188,9 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[0][name], found[1][name])
         np.testing.assert_allclose(found[0][name], value, rtol=1e-5, atol=1e-6)
     check_places(found)
+    for name, value in two_processes.gradient(None).items():  # summed in steps, the second one between the processes
+        np.testing.assert_array_equal(found[0][name], found[1][name])
+        np.testing.assert_allclose(found[0][name], value, rtol=1e-5, atol=1e-5 * np.abs(value).max())
 
 
 def check_places(found: list[dict[str, np.ndarray]]) -> None:

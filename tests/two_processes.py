@@ -18,6 +18,9 @@ MESH = "data=2, model=2"
 LAYOUT = mw.Layout("batch:data, ff:model", params="embed:data", optimizer="data")
 BATCH, EMBED, FF = mw.dims(batch=8, embed=4, ff=6)
 NUM_STEPS = 3
+SLICES = "pod=2, data=2"
+WIDE = mw.dims(embed=128, ff=256)
+"""Dims of a weight whose gradient is large enough to be summed in steps."""
 
 
 def whole(seed: int, *dims: mw.Dim, role: str = "activation") -> Tensor:
@@ -63,6 +66,22 @@ def train(mesh: mw.Mesh) -> dict[str, np.ndarray]:
     return {"losses": np.asarray(losses), **arrays}
 
 
+def fit(up: Tensor, x: Tensor) -> Any:
+    return mw.mean(mw.tanh(mw.dot(x, up, over="embed")) ** 2)
+
+
+def gradient(mesh: mw.Mesh | None) -> dict[str, np.ndarray]:
+    """A loss and its gradient, the batch split over both axes of ``mesh``; on one device where there is none."""
+    given = whole(3, *WIDE, role="parameter"), whole(4, BATCH, WIDE[0])
+    if mesh is None:
+        value, found = jax.value_and_grad(fit)(*given)
+    else:
+        layout = mw.Layout("batch:(pod,data)")
+        region = jax.jit(jax.value_and_grad(mw.spmd(fit, mesh, layout)))
+        value, found = mw.unshard(region(*mw.shard(given, mesh, layout)))
+    return {"fit": np.asarray(value), "gradient": np.asarray(found.array)}
+
+
 def placement(mesh: mw.Mesh) -> dict[str, np.ndarray]:
     """What only a mesh over several processes can show: whose devices stand where, and what lies on this process's."""
     owners = np.vectorize(lambda d: d.process_index)(mesh.jax_mesh.devices)
@@ -82,6 +101,7 @@ def main(port: str, index: str, file: str) -> None:
     plain, slow = mw.Mesh(MESH), mw.Mesh("model=2, data=2", dcn="data")
     assert "2 processes" in str(plain), str(plain)
     results: Any = {**train(plain), **{f"slow.{name}": a for name, a in placement(slow).items()}, **placement(plain)}
+    results.update(gradient(mw.Mesh(SLICES, dcn="pod")))
     np.savez(Path(file), **results)
     jax.distributed.shutdown()
 
