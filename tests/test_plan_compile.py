@@ -260,6 +260,17 @@ def test_slices_are_compiled_with_the_axes_that_cross_them() -> None:
 
 
 @tpu
+def test_a_sum_in_steps_is_compiled_as_it_is_planned() -> None:
+    """Within a slice it is scattered and gathered as the plan says, and half of it crosses the slow network."""
+    mesh = mw.Mesh("pod=2, data=2, model=2", topology="tpu:v5e:2x2*2", dcn="pod")
+    plan = plan_of(mesh, mw.Layout("batch:(pod,data), ff:model"))
+    planned, moved = planned_bytes(plan), plan.on(mesh).compile().moved_bytes
+    for key in (("reduce_scatter", ("data",)), ("all_reduce", ("pod",)), ("all_gather", ("data",))):
+        assert moved[key] == pytest.approx(planned[key], rel=0.001)
+    assert planned["all_reduce", ("pod",)] == planned["reduce_scatter", ("data",)] / 2
+
+
+@tpu
 def test_the_difference_is_a_table_and_json() -> None:
     plan = plan_of(V5E, MIXED).on(V5E)
     compiled = plan.compile()
