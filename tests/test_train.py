@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 import meshwright as mw
 from meshwright.models import Decoder, DecoderConfig
 from meshwright.train import (
+    Amount,
     Batch,
     Batches,
     Checkpoints,
@@ -140,13 +142,12 @@ def test_a_batch_is_a_function_of_seed_and_step() -> None:
     for step in reversed(range(5)):
         for a, b in zip(arrays(again[step]), expected[step], strict=True):
             np.testing.assert_array_equal(a, b)
-    assert first.chosen(0).tolist() != other.chosen(0).tolist()
+    assert arrays(first[0])[0].tolist() != arrays(other[0])[0].tolist()
 
 
 def test_every_window_comes_once_in_an_epoch() -> None:
     packed = windows()
-    batches = Batches(packed, 8, ONE.mesh, ONE.layout, seed=0)
-    chosen = np.concatenate([batches.chosen(step) for step in range(len(packed))])
+    chosen = np.concatenate([packed.chosen(step, 8, seed=0) for step in range(len(packed))])
     epochs = chosen.reshape(8, len(packed))
     for epoch in epochs:
         assert sorted(epoch) == list(range(len(packed)))
@@ -293,6 +294,12 @@ def test_weight_decay_shrinks_matrices_alone() -> None:
         (lambda: TextConfig(held_out=1.0), "held_out is 1.0"),
         (lambda: TextConfig(max_bytes=0), "max_bytes is 0"),
         (lambda: Recipe(steps=0), "steps is 0"),
+        (
+            lambda: Recipe(buckets=(32, 128)),
+            "buckets are 32, 128 beside length=128; they are different lengths",
+        ),
+        (lambda: Recipe(buckets=(32, 32)), "buckets are 32, 32 beside length=128"),
+        (lambda: Recipe(buckets=(0,)), "buckets are 0 beside length=128"),
         (lambda: Intervals(evaluate_every=0), "evaluate_every is 0"),
         (lambda: Sampling(temperature=-1.0), "temperature is -1.0"),
     ],
@@ -307,23 +314,26 @@ def test_configurations_are_checked(wrong: Any, says: str) -> None:
 
 def test_rates_are_of_the_last_steps() -> None:
     now = [0.0]
-    meter = Meter(100, clock=lambda: now[0])
+    meter, amount = Meter(clock=lambda: now[0]), Amount(100, 125)
     assert meter.tokens_per_second is None and meter.seconds_per_step is None
-    meter.step()
+    meter.step(amount)
     assert meter.tokens_per_second is None
     for _ in range(4):
         now[0] += 2.0
-        meter.step()
+        meter.step(amount)
     assert meter.seconds_per_step == 2.0 and meter.tokens_per_second == 50.0
     now[0] += 60.0
     meter.skip(60.0)
     now[0] += 2.0
-    meter.step()
+    meter.step(amount)
     assert meter.seconds_per_step == 2.0
     for _ in range(20):
         now[0] += 1.0
-        meter.step()
-    assert meter.seconds_per_step == 1.0
+        meter.step(amount)
+    assert meter.seconds_per_step == 1.0 and meter.tokens_per_second == 100.0 and meter.padding == pytest.approx(0.2)
+    now[0] += 1.0
+    meter.step(Amount(1100, 1225))
+    assert meter.tokens_per_second == 150.0 and meter.padding == pytest.approx(1 - 3000 / 3600)
 
 
 def test_numbers_are_short() -> None:
@@ -336,16 +346,15 @@ def test_numbers_are_short() -> None:
 def quiet_report(recipe: Recipe, done: int = 0) -> tuple[Report, io.StringIO]:
     written = io.StringIO()
     console = Console(file=written, width=100)
-    tokens = recipe.batch * recipe.length
-    return Report(console, steps=recipe.steps, done=done, tokens_per_step=tokens), written
+    return Report(console, steps=recipe.steps, done=done, padded=bool(recipe.buckets)), written
 
 
 def test_a_terminal_shows_a_bar() -> None:
     written = io.StringIO()
     console = Console(file=written, width=100, force_terminal=True)
-    with Report(console, steps=10, done=0, tokens_per_step=64) as report:
-        report.step(1, 2.5)
-        report.step(2, 2.25)
+    with Report(console, steps=10, done=0) as report:
+        report.step(1, 2.5, Amount(64, 64))
+        report.step(2, 2.25, Amount(64, 64))
         report.held_out(2, 2.125)
     assert "step 0/10" in written.getvalue() and "loss N/A" in written.getvalue()
     assert "loss 2.250" in written.getvalue() and "tokens/s" in written.getvalue()
@@ -486,7 +495,8 @@ def test_a_folder_without_checkpoints_says_so(tmp_path: Path) -> None:
 
 def test_a_recipe_survives_json(tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, text=TextConfig(data=(tmp_path / "a",), max_bytes=5))
-    assert Recipe.from_json(recipe.to_json()) == recipe
+    for each in (recipe, dataclasses.replace(recipe, buckets=(4, 8))):
+        assert Recipe.from_json(json.loads(json.dumps(each.to_json()))) == each
     wider = dataclasses.replace(RECIPE, model=dataclasses.replace(MODEL, ff=128, dtype="bfloat16"))
     with pytest.raises(ValueError, match="has ff=64, and ff=128 is asked for"):
         wider.check_continues(RECIPE)

@@ -7,7 +7,7 @@ mw train --resume runs/book --devices 2 --steps 4000
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,20 @@ from typing import Self
 from rich.console import Console
 
 from ..explain import UNKNOWN
-from ..train import Checkpoints, Data, Intervals, Program, Recipe, Report, Sampling, Trainer, generate, read
+from ..train import (
+    Amount,
+    Buckets,
+    Checkpoints,
+    Data,
+    Intervals,
+    Program,
+    Recipe,
+    Report,
+    Sampling,
+    Trainer,
+    generate,
+    read,
+)
 from ..train.report import heading, show_count, show_seconds
 from .command import PROMPT, Command, model_row, open_console, show_sample
 from .place import Where, place_rows
@@ -91,17 +104,27 @@ class Train(Command):
             state = program.first_state()
         data = Data.prepare(corpus, recipe, tokenizer)
         heading(console, _rows(program, data, done))
-        report = Report(console, steps=recipe.steps, done=done, tokens_per_step=recipe.batch * recipe.length)
+        report = Report(console, steps=recipe.steps, done=done, padded=bool(recipe.buckets))
         return Trainer(program, data, state, done, report, self.intervals, checkpoints)
 
 
 def _rows(program: Program, data: Data, done: int) -> Iterator[tuple[str, str]]:
     recipe = program.recipe
-    tokens = f"{show_count(data.training.tokens.size)} to train on, {show_count(data.held_out.tokens.size)} held out"
+    tokens = f"{show_count(data.training.num_tokens)} to train on, {show_count(data.held_out.num_tokens)} held out"
     yield "tokens", f"{tokens}, of a vocabulary of {data.tokenizer.size}"
     yield model_row(recipe.model)
     going_on = f", going on from step {done}" if done else ""
-    yield "steps", f"{recipe.steps} of batch={recipe.batch} x length={recipe.length} tokens{going_on}"
+    sizes = " or ".join(f"batch={recipe.sequences(n)} x length={n}" for n in (*sorted(recipe.buckets), recipe.length))
+    yield "steps", f"{recipe.steps} of {sizes} tokens{going_on}"
+    if isinstance(data.training, Buckets):
+        yield "padding", _padding(data.training.amounts(recipe.batch), data.training.lengths)
+
+
+def _padding(amounts: Sequence[Amount], lengths: Sequence[int]) -> str:
+    """How much of an epoch's places hold no token, of all buckets and of each."""
+    whole = Amount(sum(a.tokens for a in amounts), sum(a.places for a in amounts))
+    each = ", ".join(f"{a.padding:.0%} of length={n}" for a, n in zip(amounts, lengths, strict=True) if a.places)
+    return f"{whole.padding:.0%} of the places: {each}"
 
 
 def _summary(trainer: Trainer, seconds: float, folder: Path | None) -> str:

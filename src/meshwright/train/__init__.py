@@ -1,6 +1,8 @@
 """Training a decoder on text: data, optimizer, checkpoints and the loop."""
 
+from .buckets import Buckets as Buckets
 from .checkpoint import Checkpoints as Checkpoints
+from .data import Amount as Amount
 from .data import Batch as Batch
 from .data import Batches as Batches
 from .data import Windows as Windows

@@ -16,8 +16,9 @@ import numpy as np
 
 from ..errors import fail
 from ..plan import Plan, plan
+from .buckets import Buckets
 from .checkpoint import Checkpoints
-from .data import Batch, Batches, Windows, batch_dims
+from .data import Batch, Batches, Source, Windows, batch_dims
 from .interrupt import Stop
 from .optimizer import make_optimizer
 from .recipe import Recipe
@@ -37,20 +38,23 @@ class Data:
     """The tokens of a run."""
 
     tokenizer: Tokenizer
-    training: Windows
-    held_out: Windows
+    training: Source
+    held_out: Source
 
     @classmethod
     def prepare(cls, corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer | None = None) -> "Data":
-        """Train the tokenizer, unless there is one, and cut the corpus into windows."""
+        """Train the tokenizer, unless there is one, and cut the corpus into windows, or put it into buckets."""
         if tokenizer is None:
             texts = (document.text for document in corpus.training)
             tokenizer = Tokenizer.train(sample(texts, recipe.text.tokenizer_bytes), recipe.model.vocab)
 
-        def windows(documents: tuple[Document, ...]) -> Windows:
-            return Windows.cut(tokenizer.encode_all([d.text for d in documents]), tokenizer.end, recipe.length)
+        def source(documents: tuple[Document, ...]) -> Source:
+            tokens = tokenizer.encode_all([d.text for d in documents])
+            if recipe.buckets:
+                return Buckets.sort(tokens, tokenizer.end, (*recipe.buckets, recipe.length))
+            return Windows.cut(tokens, tokenizer.end, recipe.length)
 
-        return cls(tokenizer, windows(corpus.training), windows(corpus.held_out))
+        return cls(tokenizer, source(corpus.training), source(corpus.held_out))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,31 +83,38 @@ class Program:
         """The compiled step: see ``train_step``."""
         return train_step(make_optimizer(self.recipe.optimizer, self.recipe.steps), self.place)
 
-    def batches(self, windows: Windows, seed: int | None) -> Batches:
-        """The batches of ``windows``: shuffled by ``seed``, or in order where it is None."""
-        return Batches(windows, self.recipe.batch, self.place.mesh, self.place.layout, seed)
+    def batches(self, source: Source, seed: int | None) -> Batches:
+        """The batches of ``source``: shuffled by ``seed``, or in order where it is None."""
+        return Batches(source, self.recipe.batch, self.place.mesh, self.place.layout, seed)
 
-    def batch_shapes(self) -> Batch:
-        """A batch's shapes and where its slices lie."""
-        return self.place.shard(Batch.shapes(batch_dims(self.recipe.batch, self.recipe.length)))
+    def batch_shapes(self, length: int | None = None) -> Batch:
+        """A batch's shapes and where its slices lie; of the bucket of a length, None: the longest."""
+        recipe, length = self.recipe, length or self.recipe.length
+        these = batch_dims(recipe.sequences(length), length)
+        return self.place.shard(Batch.shapes(these, weighted=bool(recipe.buckets)))
 
     def check(self) -> None:
-        """Trace a step on shapes: whatever is wrong with the layout is an error now, before any work is done."""
-        jax.eval_shape(self.step, self.shapes(), self.batch_shapes())
+        """Trace a step on shapes, of every bucket: whatever is wrong with the layout is an error now, before any work
+        is done."""
+        for length in (*self.recipe.buckets, self.recipe.length):
+            jax.eval_shape(self.step, self.shapes(), self.batch_shapes(length))
 
     def plan(self) -> Plan:
         """What a step will do, read from its trace; the mesh may be one that is only described."""
         found = plan(self.step, self.shapes(), self.batch_shapes())
         return found.on(self.place.mesh) if self.place.mesh.topology is not None else found
 
-    def evaluator(self, windows: Windows) -> Callable[[State], float]:
-        """A function of a state to the held-out loss. Text that does not fill its batches is read again."""
-        batches = self.batches(windows, None)
-        num = min(HELD_OUT_BATCHES, math.ceil(len(windows) / self.recipe.batch))
+    def evaluator(self, source: Source) -> Callable[[State], float]:
+        """A function of a state to the held-out loss, the mean over the tokens of a few batches. Windows that do not
+        fill theirs are read again."""
+        batches = self.batches(source, None)
+        num = min(HELD_OUT_BATCHES, source.num_batches(self.recipe.batch))
         compiled = jax.jit(self.place.region(loss))
+        tokens = [batches.amount(i).tokens for i in range(num)]
 
         def evaluate(state: State) -> float:
-            return float(np.mean([float(compiled(state.model, batches[i])) for i in range(num)]))
+            losses = [float(compiled(state.model, batches[i])) for i in range(num)]
+            return float(np.average(losses, weights=tokens))
 
         return evaluate
 
@@ -180,7 +191,8 @@ class Trainer:
     def _settle(self) -> None:
         """Wait for the last step dispatched, and report it."""
         if self._pending is not None:
-            self._report.step(self.done, finite(self._pending, self.done))
+            amount = self._batches.amount(self.done - 1)
+            self._report.step(self.done, finite(self._pending, self.done), amount)
             self._pending = None
 
     def _due(self, every: int) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import fail
 from ..models import DecoderConfig
+from .data import num_sequences
 from .optimizer import OptimizerConfig
 from .text import TextConfig
 
@@ -34,6 +35,9 @@ class Recipe:
     """Sequences in a step, over all devices: a multiple of the devices that ``batch`` is split over."""
     length: int = 128
     """Tokens in a sequence, and those that the model sees when it writes."""
+    buckets: tuple[int, ...] = ()
+    """Shorter lengths, for documents of unequal lengths: each document is a sequence of its own, in the shortest that
+    holds it, LENGTH being the longest. None: documents are packed end to end."""
     seed: int = 0
     """Of the first parameters, and of the order of the text."""
 
@@ -41,6 +45,16 @@ class Recipe:
         for name in ("steps", "batch", "length"):
             if getattr(self, name) < 1:
                 raise fail(f"Recipe: {name} is {getattr(self, name)}; it must be at least 1.")
+        if len({*self.buckets, self.length}) <= len(self.buckets) or any(not 0 < b < self.length for b in self.buckets):
+            shown = ", ".join(map(str, self.buckets))
+            raise fail(
+                f"Recipe: buckets are {shown} beside length={self.length}; they are different lengths shorter than "
+                "that one, which is a bucket by itself. Make length longer, or leave some out."
+            )
+
+    def sequences(self, length: int) -> int:
+        """How many sequences a batch has in the bucket of a length."""
+        return num_sequences(self.batch, self.length, length)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON's types."""
@@ -57,7 +71,7 @@ class Recipe:
             "model": DecoderConfig(**held["model"]),
             "optimizer": OptimizerConfig(**held["optimizer"]),
         }
-        return cls(**{**held, **parts})
+        return cls(**{**held, **parts, "buckets": tuple(held.get("buckets", ()))})
 
     def check_continues(self, saved: "Recipe") -> None:
         """Raise a ``ValueError`` unless a model of ``saved`` can go on by this recipe: its sizes must be the same."""

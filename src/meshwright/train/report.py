@@ -4,7 +4,8 @@ The metrics, always in this order:
 
 ``loss``        the mean over the tokens of a step's batch of the negative log-probability of the next token, in nats,
                 before the step's update
-``tokens/s``    tokens trained on per second of wall time, over the last 20 steps
+``tokens/s``    tokens trained on per second of wall time, over the last 20 steps; padding is not among them
+``padding``     the share of the places of the last 20 steps' batches that hold no token; shown where there are buckets
 ``left``        the time that the steps still to do will take at the rate of the last 20
 ``held-out``    the same loss on text that the run does not train on, averaged over a fixed number of batches
 
@@ -24,6 +25,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from ..explain import UNKNOWN
+from .data import Amount
 
 _WINDOW = 20
 _PLAIN_LINES = 40
@@ -33,18 +35,18 @@ class Meter:
     """Rates over the last steps.
 
     Args:
-        tokens_per_step: batch times length.
         clock: seconds, growing.
     """
 
-    def __init__(self, tokens_per_step: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._tokens_per_step = tokens_per_step
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._ends: deque[float] = deque(maxlen=_WINDOW + 1)
+        self._amounts: deque[Amount] = deque(maxlen=_WINDOW)
 
-    def step(self) -> None:
-        """A step has ended."""
+    def step(self, amount: Amount) -> None:
+        """A step has ended, whose batch held so much."""
         self._ends.append(self._clock())
+        self._amounts.append(amount)
 
     def skip(self, seconds: float) -> None:
         """Time has passed that belongs to no step."""
@@ -59,8 +61,14 @@ class Meter:
     @property
     def tokens_per_second(self) -> float | None:
         """None until two steps have ended."""
-        seconds = self.seconds_per_step
-        return self._tokens_per_step / seconds if seconds else None
+        seconds = self._ends[-1] - self._ends[0] if self._ends else 0.0
+        timed = list(self._amounts)[-(len(self._ends) - 1) :]  # the first end is that of a step before
+        return sum(amount.tokens for amount in timed) / seconds if seconds else None
+
+    @property
+    def padding(self) -> float:
+        """The share of the places of the last batches that hold no token."""
+        return Amount(*map(sum, zip(*self._amounts, strict=True))).padding
 
 
 def show_seconds(seconds: float | None) -> str:
@@ -92,13 +100,13 @@ class Report(AbstractContextManager["Report"]):
         console: where to write.
         steps: the number of the run's steps.
         done: those already done, when it goes on from a checkpoint.
-        tokens_per_step: batch times length.
+        padded: whether batches have padding.
     """
 
-    def __init__(self, console: Console, *, steps: int, done: int, tokens_per_step: int) -> None:
+    def __init__(self, console: Console, *, steps: int, done: int, padded: bool = False) -> None:
         self.console = console
-        self.meter = Meter(tokens_per_step)
-        self._steps = steps
+        self.meter = Meter()
+        self._steps, self._padded = steps, padded
         self._every = max(1, steps // _PLAIN_LINES)
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -108,7 +116,7 @@ class Report(AbstractContextManager["Report"]):
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=None),
                 TextColumn("loss {task.fields[loss]}"),
-                TextColumn("{task.fields[rate]} tokens/s"),
+                TextColumn("{task.fields[rate]} tokens/s{task.fields[padding]}"),
                 TextColumn("{task.fields[left]} left"),
                 console=console,
                 transient=True,
@@ -116,7 +124,7 @@ class Report(AbstractContextManager["Report"]):
                 refresh_per_second=4,
             )
             self._task = self._bar.add_task(
-                "train", total=steps, completed=done, loss=UNKNOWN, rate=UNKNOWN, left=UNKNOWN
+                "train", total=steps, completed=done, loss=UNKNOWN, rate=UNKNOWN, left=UNKNOWN, padding=""
             )
 
     def __enter__(self) -> Self:
@@ -130,15 +138,16 @@ class Report(AbstractContextManager["Report"]):
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, done: int, loss: float) -> None:
-        """A step has ended: ``done`` are done now, and the last had this loss."""
-        self.meter.step()
+    def step(self, done: int, loss: float, amount: Amount) -> None:
+        """A step has ended: ``done`` are done now, and the last had this loss on a batch that held so much."""
+        self.meter.step(amount)
         per_step = self.meter.seconds_per_step
         left = show_seconds(None if per_step is None else per_step * (self._steps - done))
         rate = show_count(self.meter.tokens_per_second)
-        self._last = f"loss {loss:6.3f}  {rate:>5} tokens/s"
+        padding = f"  padding {self.meter.padding:3.0%}" if self._padded else ""
+        self._last = f"loss {loss:6.3f}  {rate:>5} tokens/s{padding}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, loss=f"{loss:.3f}", rate=rate, left=left)
+            self._bar.update(self._task, completed=done, loss=f"{loss:.3f}", rate=rate, left=left, padding=padding)
         elif done in (1, self._steps) or done % self._every == 0:
             self.line(f"{self._count(done)}  {self._last}  {left:>7} left")
 

@@ -19,7 +19,9 @@ from ..layout import OPTIMIZER, Layout
 from ..mesh import Mesh
 from ..models import Decoder, DecoderConfig
 from ..nn import cross_entropy
+from ..ops.elementwise import multiply
 from ..ops.reduce import mean
+from ..ops.reduce import sum as total
 from ..placing import shard
 from ..region import spmd
 from ..tensor import is_tensor
@@ -58,9 +60,11 @@ class State(NamedTuple):
 
 
 def loss(model: Decoder, batch: Batch) -> jax.Array:
-    """The mean over a batch's tokens of the negative log-probability of the next token, in nats."""
+    """The mean over a batch's tokens of the negative log-probability of the next token, in nats. With weights it is the
+    sum of each by its share: what has none is left out, and a sum of parts is right under every layout."""
     logits = model(batch.ids, segments=batch.segments, positions=batch.positions)
-    return mean(cross_entropy(logits, batch.targets, over="vocab"))
+    each = cross_entropy(logits, batch.targets, over="vocab")
+    return mean(each) if batch.weights is None else total(multiply(each, batch.weights))
 
 
 def model_maker(config: DecoderConfig, place: Place) -> Callable[[jax.Array], Decoder]:
