@@ -96,7 +96,7 @@ def first_state(program: Program) -> State:
 
 
 def arrays(batch: Batch) -> list[np.ndarray]:
-    return [np.asarray(x.array) for x in batch]
+    return [np.asarray(x.array) for x in batch if x is not None]
 
 
 # Batches
