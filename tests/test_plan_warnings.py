@@ -154,6 +154,26 @@ def test_a_collective_of_every_layer_over_the_slow_network() -> None:
     absent("slow_network", planned(layers, args, mesh, mw.Layout("batch:(pod,data)", params="embed:data")))
 
 
+def test_sums_of_gradients_over_the_slow_network_are_no_fault() -> None:
+    """Each layer's is summed once a step: in steps, at once, or with the parameters at rest within a slice."""
+    up, down = weight("layers=4 embed=512 ff=2048"), weight("layers=4 ff=2048 embed=512")
+    args = shapes("batch=64 length=128 embed=512"), up, down
+    for dcn in ("pod", ""):
+        mesh = mw.Mesh("pod=2, data=8", topology="gpu:h100:16", dcn=dcn)
+        for options in ({}, {"params": "embed:data"}):
+            layout = mw.Layout("batch:(pod,data)", **options)
+            plan = gradients(lambda x, *w: mw.mean(layers(x, *w) ** 2), args, mesh, layout)
+            assert any("pod" in row.axes and row.times == 4 for row in plan.collectives)
+            absent("slow_network", plan)
+
+
+def test_the_last_step_of_a_sum_is_no_gather_of_an_activation() -> None:
+    mesh = mw.Mesh("pod=2, data=16", topology="tpu:v5e:4x4*2", dcn="pod")
+    plan = planned(feed_forward, LAYER, mesh, mw.Layout("ff:(pod,data)"))
+    assert [row.kind for row in plan.collectives] == ["reduce_scatter", "all_reduce", "all_gather"]
+    absent("gathered", plan)
+
+
 def uneven(vocab: int) -> tuple[Any, ...]:
     return shapes("batch=64 length=128 embed=512"), *LAYER[1:], weight(f"embed=512 vocab={vocab}")
 

@@ -17,11 +17,11 @@ from ..tensor import ACTIVATION, PARAMETER
 from .context import contexts_of
 from .known import Known, Ran, axes_of
 from .network import in_order
-from .origin import FORWARD, Origin
+from .origin import BACKWARD, FORWARD, Origin
 from .program import Argument, Op
 from .time import product_sizes
 from .touched import VIEWS
-from .traffic import ALL_GATHER, ALL_REDUCE, Collective, rows_of
+from .traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Collective, rows_of
 from .work import CONVOLUTION, ELEMENTWISE, MATMUL, flops_of
 
 SHARE = 0.01
@@ -139,7 +139,8 @@ def _gathered(known: Known) -> Iterator[PlanWarning]:
         rows = list(rows_of(ran.op, (ran.times,)))
         if not rows or rows[0].kind != ALL_GATHER or ran.op.origin.direction != FORWARD or not ran.op.sizes:
             continue
-        if known.lineage.parameter(ran.op.ins[0]) is None and not _feeds_split_weights(ran.op, rows[0].axes, known):
+        fed = _feeds_split_weights(ran.op, rows[0].axes, known) or _ends_a_sum(ran.op, rows[0].axes, known)
+        if known.lineage.parameter(ran.op.ins[0]) is None and not fed:
             groups[in_order(rows[0].axes, known.program.sizes)] += rows
     for axes, rows in groups.items():
         sent = sum(row.total_sent_bytes for row in rows)
@@ -181,6 +182,14 @@ def _feeds_split_weights(op: Op, axes: Axes, known: Known) -> bool:
         if flops_of(reader)[0] == ELEMENTWISE and reader.outs and _leads_to_split_weights(reader, axes, known, 8):
             return True
     return False
+
+
+def _ends_a_sum(op: Op, axes: Axes, known: Known) -> bool:
+    """Whether a gather is the last step of a sum that was scattered before it crossed the slow network."""
+    across = known.makers.get(id(op.ins[0]))
+    scatter = known.makers.get(id(across.ins[0])) if across is not None and across.ins else None
+    rows = list(rows_of(scatter)) if scatter is not None else []
+    return any(row.kind == REDUCE_SCATTER and row.axes == axes for row in rows)
 
 
 def _leads_to_split_weights(op: Op, axes: Axes, known: Known, depth: int) -> bool:
@@ -329,13 +338,16 @@ def _waiting(few: Sequence[Ran], known: Known) -> float | None:
 
 
 def _slow_network(known: Known) -> Iterator[PlanWarning]:
-    """Collectives of every layer over the slow network."""
+    """Collectives of every layer over the slow network, but for sums of a parameter's gradient: there is one for each
+    layer, wherever it stands."""
     if known.machine is None:
         return
+    parameters = [a.names for a in known.program.arguments if a.role == PARAMETER]
     groups: dict[Axes, list[tuple[Ran, Collective]]] = defaultdict(list)
     for ran in known.ran:
         for row in rows_of(ran.op, (ran.times,)):
-            if ran.looped and known.machine.path(row.axes).slow:
+            of_gradient = row.origin.direction == BACKWARD and _dims_of_one(row.origin.dims, parameters)
+            if ran.looped and not of_gradient and known.machine.path(row.axes).slow:
                 groups[in_order(row.axes, known.program.sizes)].append((ran, row))
     for axes, found in groups.items():
         rows = [row for _, row in found]
@@ -351,6 +363,11 @@ def _slow_network(known: Known) -> Iterator[PlanWarning]:
             "Let that axis split the batch alone, with parameters whole along it or gather='step': then one sum of "
             "the gradients a step crosses it.",
         )
+
+
+def _dims_of_one(dims: Sequence[str], parameters: Sequence[Sequence[str]]) -> bool:
+    """Whether a value has the dims of a parameter, or of its slice along one dim."""
+    return any(set(dims) <= set(names) and len(dims) >= len(names) - 1 for names in parameters)
 
 
 def _uneven(known: Known) -> Iterator[PlanWarning]:
