@@ -3,8 +3,8 @@
 A slot holds one token of its sequence or nothing. ``source`` says which: a position along the tokens' dim, or one
 outside of it for nothing.
 
-    to_slots(x(batch, length, embed), source(routes, batch, capacity), "length")       -> (routes, batch, capacity, embed)
-    from_slots(y(routes, batch, capacity, embed), source, weights, length)              -> (batch, length, embed)
+    to_slots(x(batch, length, embed), source(routes, batch, capacity), "length")   -> (routes, batch, capacity, embed)
+    from_slots(y(routes, batch, capacity, embed), source, weights, length)          -> (batch, length, embed)
 
 ``from_slots`` adds up, at each token, the slots that hold it, each times its weight. It is linear in what the slots
 hold, and what comes out is smaller than what goes in (a token lies in several slots, and slots are empty). So promises
@@ -101,7 +101,7 @@ class _How:
 
     waits: bool = False
     rest: Split = ()
-    """For each dim of what the slots hold, the axes over which devices have shares of it that its name does not tell."""
+    """For each dim of what the slots hold, the axes over which devices have shares that its name does not tell."""
     pending: Axes = ()
     """A sum that was still to be taken."""
     shares: Axes = ()
