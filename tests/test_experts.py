@@ -116,8 +116,7 @@ def _chosen(kind: str, mixture: nn.MixtureOfExperts) -> list[tuple[int, int, int
     if kind == "expert choice":
         scores, capacity = _softmax(logits), math.ceil(mixture.factor * LENGTH * mixture.num_choices / EXPERTS)
         for b, e in np.ndindex(BATCH, EXPERTS):
-            for t in np.argsort(-scores[b, :, e])[:capacity]:
-                found.append((b, int(t), 0, e, scores[b, t, e]))
+            found += [(b, int(t), 0, e, scores[b, t, e]) for t in np.argsort(-scores[b, :, e])[:capacity]]
         return found
     scores = _softmax(logits) if router.scores == "softmax" else 1 / (1 + np.exp(-logits))
     bias = 0 if router.bias is None else np.asarray(router.bias.array)

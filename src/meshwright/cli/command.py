@@ -45,5 +45,9 @@ def show_sample(console: Console, prompt: str, written: str) -> None:
 def model_row(model: DecoderConfig) -> tuple[str, str]:
     """A model, as the word for it and what it is."""
     group = f" x group={model.group}" if model.group > 1 else ""
-    sizes = f"layers={model.layers}, embed={model.embed}, heads={model.heads}{group}, ff={model.ff}, {model.dtype}"
+    num = model.experts.num_experts
+    sparse = f" x experts={num}, {model.experts.num_choices} a token" if num else ""
+    sizes = (
+        f"layers={model.layers}, embed={model.embed}, heads={model.heads}{group}, ff={model.ff}{sparse}, {model.dtype}"
+    )
     return "model", f"{show_count(num_parameters(model))} parameters: {sizes}"

@@ -2,3 +2,4 @@
 
 from .decoder import Decoder as Decoder
 from .decoder import DecoderConfig as DecoderConfig
+from .mixture import ExpertsConfig as ExpertsConfig

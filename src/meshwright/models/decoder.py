@@ -28,13 +28,17 @@ import jax
 
 from ..dims import Dim, dims
 from ..errors import fail
-from ..nn import Attention, Embedding, GatedMLP, Linear, RMSNorm, rotation
+from ..nn import Attention, Embedding, ExpertMetrics, GatedMLP, Linear, MixtureOfExperts, RMSNorm, rotation
 from ..nn.attention import Rotation
+from ..ops.contract import einsum
+from ..ops.elementwise import add
+from ..ops.indexing import one_hot
 from ..ops.loop import fold
-from ..ops.making import arange
+from ..ops.making import arange, zeros
 from ..ops.random import split
 from ..ops.transform import vmap
 from ..tensor import Tensor
+from .mixture import ExpertsConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,8 @@ class DecoderConfig:
     """Width of the feed-forward layers."""
     window: int | None = None
     """Tokens that a token sees, itself among them: a sliding window. None: all before it."""
+    experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
+    """Experts in place of the feed-forward layers; none by default."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
@@ -79,12 +85,12 @@ class DecoderConfig:
 
 
 class Block(eqx.Module):
-    """One layer: attention, then the feed-forward layer, each normed before and added after."""
+    """One layer: attention, then the feed-forward layer or experts, each normed before and added after."""
 
     attention_norm: RMSNorm
     attention: Attention
     mlp_norm: RMSNorm
-    mlp: GatedMLP
+    mlp: GatedMLP | MixtureOfExperts
 
     def __init__(self, config: DecoderConfig, *, key: jax.Array) -> None:
         embed, heads, group, head_dim, ff = dims(
@@ -95,14 +101,20 @@ class Block(eqx.Module):
         self.attention_norm = RMSNorm(embed, epsilon=config.norm_eps)
         self.attention = Attention(embed, heads, group, head_dim, key=attention, window=config.window, scale=scale)
         self.mlp_norm = RMSNorm(embed, epsilon=config.norm_eps)
-        self.mlp = GatedMLP(embed, ff, key=mlp, scale=scale)
+        sparse = config.experts.num_experts > 0
+        make = config.experts.make if sparse else GatedMLP
+        self.mlp = make(embed, ff, key=mlp, scale=scale)
 
-    def __call__(self, x: Tensor, turn: Rotation, segments: Tensor | None = None) -> Tensor:
-        """(batch, residual_length, embed) to the same; ``turn`` and ``segments`` as for ``Attention``."""
+    def __call__(
+        self, x: Tensor, turn: Rotation, segments: Tensor | None = None, ids: Tensor | None = None
+    ) -> tuple[Tensor, ExpertMetrics | None]:
+        """(batch, residual_length, embed) to the same, and what the experts tell, if there are any; ``turn`` and
+        ``segments`` as for ``Attention``, ``ids`` for routing."""
         h = self.attention_norm(x).rename(residual_length="length")
         x = x + self.attention(h, turn, segments).rename(length="residual_length")
         h = self.mlp_norm(x).rename(residual_length="length")
-        return x + self.mlp(h).rename(length="residual_length")
+        y, metrics = self.mlp(h, ids=ids) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(h), None)
+        return x + y.rename(length="residual_length"), metrics
 
 
 class Decoder(eqx.Module):
@@ -131,18 +143,45 @@ class Decoder(eqx.Module):
             segments: which document each token belongs to, (batch, length); attention stays within one.
             positions: each token's position in its document, (batch, length); 0, 1, 2 … when None.
         """
+        return self.with_metrics(ids, segments, positions)[0]
+
+    def with_metrics(
+        self, ids: Tensor, segments: Tensor | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, ExpertMetrics | None]:
+        """The logits, and what the experts of all layers tell: each of it has a dim ``depth`` for the layers, first.
+        None where there are no experts."""
         config = self.config
         x = self.embedding(ids, config.dtype).rename(length="residual_length")
         at = arange(ids.dim("length")) if positions is None else positions
         turn = rotation(at, Dim("head_dim", config.head_dim), config.rope_base)
         if segments is not None:
             segments = segments.rename(length="attention_length")
+        depth, told = Dim("depth", config.layers), _blank(config, ids)
 
-        def layer(x: Tensor, block: Any) -> Tensor:
-            return block(x, turn, segments)
+        def layer(carry: Any, each: Any) -> Any:
+            (x, told), (block, number) = carry, each
+            x, metrics = block(x, turn, segments, ids)
+            return x, _noted(told, metrics, one_hot(number, depth)) if metrics is not None else None
 
-        x = fold(layer, x, self.blocks, over="layers", remat=config.remat, unroll=config.unroll)
-        return self.head(self.norm(x).rename(residual_length="length"))
+        numbers = arange(Dim("layers", config.layers)) if told is not None else None
+        each = (self.blocks, numbers)
+        x, told = fold(layer, (x, told), each, over="layers", remat=config.remat, unroll=config.unroll)
+        return self.head(self.norm(x).rename(residual_length="length")), told
+
+
+def _blank(config: DecoderConfig, ids: Tensor) -> ExpertMetrics | None:
+    """Zeros for what the experts of all layers will tell. It goes round with the residual stream, so that layers may
+    be the stages of a pipeline, which nothing leaves but at its end."""
+    if not config.experts.num_experts:
+        return None
+    each = (Dim("depth", config.layers), ids.dim("batch"))
+    return ExpertMetrics(zeros((*each, Dim("routes", config.experts.num_experts))), *(zeros(each) for _ in range(3)))
+
+
+def _noted(told: ExpertMetrics, metrics: ExpertMetrics, here: Tensor) -> ExpertMetrics:
+    """``told`` with what one layer tells, at its place, (depth)."""
+    noted = (einsum(here, new, out=("depth", *new.names)) for new in metrics)
+    return ExpertMetrics(*(add(old, new) for old, new in zip(told, noted, strict=True)))
 
 
 def num_parameters(config: DecoderConfig) -> int:

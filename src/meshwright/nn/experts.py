@@ -1,8 +1,8 @@
 """A mixture of experts: many feed-forward layers of which each token passes through a few.
 
-Tokens are sent to their experts by a rename. What is dispatched has the dims
+Tokens are sent to their experts by a rename (``ops/dispatch.py``). What is dispatched has the dims
 
-    (routes, batch, capacity, embed)   ->   .rename(routes="experts", batch="routed_batch")
+    (routes, batch, capacity, embed)   ->   (experts, routed_batch, capacity, embed)
 
 and ``routed_batch`` lies as ``batch`` does less the axes of ``experts``: under ``batch:data, experts:data`` an axis
 goes from one dim to another, which is one all-to-all, and the rename back is one more. Nothing else here knows of
@@ -28,7 +28,7 @@ by expert and multiplied group by group (``jax.lax.ragged_dot``; Gale et al., 20
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -37,6 +37,7 @@ from ..dims import Dim, names_of, without
 from ..errors import fail, nearest
 from ..ops.contract import dot
 from ..ops.cumulative import cumsum
+from ..ops.dispatch import from_experts, to_experts
 from ..ops.elementwise import add, greater_equal, less, logical_and, multiply, silu, subtract, where
 from ..ops.indexing import one_hot
 from ..ops.join import stack
@@ -199,10 +200,7 @@ class MixtureOfExperts(eqx.Module):
 
     def _in_slots(self, x: Tensor, slots: Slots) -> Tensor:
         """There and back."""
-        groups = "batch" in x.names
-        there: dict[str, Any] = {"routes": "experts", **({"batch": "routed_batch"} if groups else {})}
-        back: dict[str, Any] = {new: old for old, new in there.items()}
-        y = self.experts(to_slots(x, slots.source, "length").rename(**there)).rename(**back)
+        y = from_experts(self.experts(to_experts(to_slots(x, slots.source, "length"))))
         return from_slots(y, slots.source, slots.weights, x.dim("length"))
 
 

@@ -106,7 +106,7 @@ class Rows:
         return result, way.num_overflown()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Way:
     """Where each row comes from, and how it goes back."""
 
@@ -118,6 +118,8 @@ class _Way:
     """Axes along which tokens are whole and experts are split."""
     together: Axes
     """Axes that split both."""
+    num_sent: int
+    """Devices along these."""
     picks: Any
     """For each place that is sent, which choice it holds, counted through this device's tokens and their choices; one
     beyond all of them for none."""
@@ -150,9 +152,8 @@ class _Way:
         """Rows sorted by expert, as the devices sent them that asked."""
         if self.inverse is None:
             return array
-        num = math.prod([1, *(jax.lax.axis_size(a) for a in self.together)])
-        array = _permuted(array, self.inverse)
-        array = collectives.exchange(array.reshape(num, -1, array.shape[1]), self.together, 0, 0)
+        array = _permuted(array, self.inverse).reshape(self.num_sent, -1, array.shape[1])
+        array = collectives.exchange(array, self.together, 0, 0)
         return array.reshape(-1, array.shape[-1])
 
 
@@ -200,8 +201,19 @@ def to_rows(x: Tensor, experts: Tensor, among: Dim, bound: float | None = None) 
         inverse = jnp.argsort(order)
         rows = _permuted(rows.reshape(-1, rows.shape[-1]), order)
     rows = rows.reshape(-1, rows.shape[-1])
-    exact = room == most
-    way = _Way(among, tokens, num_choices, want, owners.apart, owners.together, picks.reshape(-1), mine, exact, inverse)
+    way = _Way(
+        experts=among,
+        tokens=tokens,
+        num_choices=num_choices,
+        want=want,
+        apart=owners.apart,
+        together=owners.together,
+        num_sent=owners.num_sent,
+        picks=picks.reshape(-1),
+        mine=mine,
+        exact=room == most,
+        inverse=inverse,
+    )
     return Rows(rows, sizes.sum(0, dtype=jnp.int32), row, (), way)
 
 

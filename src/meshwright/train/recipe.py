@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import fail
-from ..models import DecoderConfig
+from ..models import DecoderConfig, ExpertsConfig
 from .data import num_sequences
 from .optimizer import OptimizerConfig
 from .text import TextConfig
@@ -66,9 +66,10 @@ class Recipe:
     def from_json(cls, held: dict[str, Any]) -> "Recipe":
         """The recipe that ``to_json`` wrote."""
         text = {**held["text"], "data": tuple(Path(path) for path in held["text"]["data"])}
+        experts = ExpertsConfig(**held["model"].get("experts", {}))
         parts = {
             "text": TextConfig(**text),
-            "model": DecoderConfig(**held["model"]),
+            "model": DecoderConfig(**{**held["model"], "experts": experts}),
             "optimizer": OptimizerConfig(**held["optimizer"]),
         }
         return cls(**{**held, **parts, "buckets": tuple(held.get("buckets", ()))})
