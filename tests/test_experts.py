@@ -5,16 +5,22 @@ The oracle sends every token through its experts one by one; it has its own queu
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import meshwright as mw
 from meshwright import nn
+from meshwright.nn.experts import places
 
-from .laws import agree, ways
+from .laws import Way, agree, assert_same, outcome, ways
+from .stablehlo import counted
+from .test_plan_exact import AS_WRITTEN, _compiled, _planned, _sizes, _totals
 
 BATCH, LENGTH, EMBED, EXPERTS, FF = 8, 16, 16, 8, 16
 TOKENS = mw.dims(batch=BATCH, length=LENGTH, embed=EMBED)
@@ -46,6 +52,11 @@ def _key(number: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(7), number)
 
 
+def _biased(router: nn.TopKRouter, bias: mw.Tensor) -> nn.TopKRouter:
+    changed: nn.TopKRouter = eqx.tree_at(lambda r: r.bias, router, bias, is_leaf=lambda t: isinstance(t, mw.Tensor))
+    return changed
+
+
 def _router(kind: str) -> Any:
     embed = mw.Dim("embed", EMBED)
     if kind == "hash":
@@ -61,7 +72,7 @@ def _router(kind: str) -> Any:
     router = nn.TopKRouter(embed, EXPERTS, key=_key(1), **options)
     if router.bias is not None:
         bias = mw.param(mw.random.normal(_key(2), router.bias.dims))
-        router = jax.tree.unflatten(jax.tree.structure(router), [router.linear.weight.array, bias.array])
+        router = _biased(router, bias)
     return router
 
 
@@ -216,11 +227,12 @@ def _program(mixture: nn.MixtureOfExperts, x: mw.Tensor, ids: mw.Tensor) -> Any:
     return {"y": y, **metrics._asdict()}
 
 
-def _leaves(mixture: nn.MixtureOfExperts) -> tuple[list[Any], Any]:
-    leaves, tree = jax.tree.flatten(mixture, is_leaf=lambda t: isinstance(t, mw.Tensor))
+def _leaves(module: Any, fn: Callable[..., Any] = _program) -> tuple[list[Any], Any]:
+    """The parameters of a module, and ``fn`` of it as a function of the inputs and of these."""
+    leaves, tree = jax.tree.flatten(module, is_leaf=lambda t: isinstance(t, mw.Tensor))
 
     def program(x: mw.Tensor, ids: mw.Tensor, *leaves: Any) -> Any:
-        return _program(jax.tree.unflatten(tree, leaves), x, ids)
+        return fn(jax.tree.unflatten(tree, leaves), x, ids)
 
     return leaves, program
 
@@ -236,3 +248,218 @@ def test_capacity_does_not_depend_on_the_layout(kind: str) -> None:
 def test_dropless_does_not_depend_on_the_layout(kind: str) -> None:
     leaves, program = _leaves(_mixture(kind, "dropless", shared=kind == "top-2"))
     agree(program, *_inputs(), *leaves, over=LAYOUTS if kind == "top-2" else LAYOUTS[::4])
+
+
+def _decisions(mixture: nn.MixtureOfExperts, x: mw.Tensor, ids: mw.Tensor) -> Any:
+    """Integers: who goes where, and what is dropped. (And the result, for which layouts have their rules.)"""
+    y, metrics = mixture(x, ids=ids)
+    num_dropped = metrics.num_dropped.astype("int32")
+    if isinstance(mixture.router, nn.ExpertChoiceRouter):
+        return mixture.router(x, mw.Dim("capacity", 4)).source, num_dropped, y
+    chosen = mixture.router(x, ids)
+    slots, _ = places(chosen, EXPERTS, mw.Dim("capacity", 3))
+    return chosen.experts, slots.source, num_dropped, y
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_decisions_are_the_same_to_the_last_one(kind: str) -> None:
+    """``agree`` compares integers exactly."""
+    leaves, program = _leaves(_mixture(kind, factor=0.75), _decisions)
+    over = LAYOUTS if kind == "balanced" else LAYOUTS[::3]
+    agree(program, *_inputs(), *leaves, over=over, grads=False)
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_microbatches_and_no_batch_change_nothing(dispatch: str) -> None:
+    mixture = _mixture("top-2", dispatch, factor=0.5)
+    leaves, program = _leaves(mixture)
+    inputs = (*_inputs(), *leaves)
+    expected = outcome(program, inputs, None, grads=False)
+    found = outcome(program, inputs, Way("data=2", "batch:data, experts:data", {"microbatches": 2}), grads=False)
+    assert_same(found, expected, "microbatches")
+    first = tuple(t[{"batch": 3}] for t in _inputs())
+    for way in (Way("expert=4", "experts:expert"), Way("context=4", "length:context, experts:context")):
+        alone = outcome(program, (*first, *leaves), way, grads=False)
+        np.testing.assert_allclose(alone["y"].array, expected["y"].array[3], rtol=1e-5, atol=1e-5)
+        assert alone["num_dropped"] == expected["num_dropped"].array[3]
+
+
+def test_bfloat16_is_routed_in_float32() -> None:
+    x, ids = _inputs()
+    for dispatch in ("capacity", "dropless"):
+        y, metrics = _mixture("top-2", dispatch)(x.astype("bfloat16"), ids=ids)
+        assert y.dtype == jnp.bfloat16 and {m.dtype for m in metrics} == {jnp.dtype("float32")}
+
+
+# What it communicates
+
+ALL_TO_ALL = [
+    ("data=4", "batch:data, experts:data", 4, 1),
+    ("data=2,expert=4", "batch:(data,expert), experts:expert", 4, 2),
+    ("data=2,expert=2", "batch:(expert,data), experts:expert", 2, 2),
+    ("data=2,expert=2", "batch:(data,expert), experts:(data,expert)", 4, 1),
+]
+
+
+@pytest.mark.parametrize(("mesh", "layout", "num_devices", "num_others"), ALL_TO_ALL)
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_dispatch_is_one_all_to_all_each_way(
+    dispatch: str, mesh: str, layout: str, num_devices: int, num_others: int
+) -> None:
+    """In the compiled program, whose bytes are the plan's: the tokens there and back, and dropless the counts of rows.
+    ``num_others``: devices along the axes of the batch that are not the experts'."""
+    mixture = _mixture("top-2", dispatch)
+    leaves, program = _leaves(mixture)
+    run = jax.jit(Way(mesh, layout).region(lambda *inputs: program(*inputs)["y"]))
+    p, sizes = mw.plan(run, *_inputs(), *leaves), _sizes(mesh)
+    found = _totals(_planned(p, sizes))
+    assert found == _totals(_compiled(p, sizes, AS_WRITTEN))
+    assert counted(run, *_inputs(), *leaves) == {"all_to_all": 2 if dispatch == "capacity" else 3}
+    groups = BATCH // num_others // num_devices  # on a device
+    capacity = math.ceil(1.25 * LENGTH * 2 / EXPERTS)
+    if dispatch == "capacity":
+        expected = 2 * groups * EXPERTS * capacity * EMBED * 4
+    else:
+        rows = num_devices * groups * LENGTH * min(2, EXPERTS // num_devices)
+        expected = 2 * rows * EMBED * 4 + EXPERTS * 4
+    assert [(kind, num) for (kind, _), num in found.items()] == [("all_to_all", expected)]
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+@pytest.mark.parametrize(
+    ("mesh", "layout", "expected"),
+    [
+        ("data=2,expert=2", "batch:data, experts:expert", {"all_reduce": 1}),
+        ("data=2,model=2", "batch:data, experts:data, ff:model", {"all_reduce": 1}),
+        ("expert=2,model=2", "experts:expert, ff:model", {"all_reduce": 1}),
+    ],
+)
+def test_sums_wait_until_tokens_are_whole(dispatch: str, mesh: str, layout: str, expected: dict[str, int]) -> None:
+    """One all-reduce of the tokens, not of the places, for shares of experts and of widths together, and for the
+    shared layer as well."""
+    leaves, program = _leaves(_mixture("top-2", dispatch, shared="batch" in layout))
+    run = Way(mesh, layout).region(lambda *inputs: program(*inputs)["y"])
+    found = {k: n for k, n in counted(run, *_inputs(), *leaves).items() if k != "all_to_all"}
+    assert found == expected
+    p = mw.plan(jax.jit(run), *_inputs(), *leaves)
+    (sum_bytes,) = [row.payload_bytes for row in p.collectives if row.kind == "all_reduce"]
+    assert sum_bytes == BATCH * LENGTH * EMBED * 4 // (2 if "batch" in layout else 1)
+
+
+def test_a_split_length_gathers_no_tokens() -> None:
+    leaves, program = _leaves(_mixture("top-2"))
+    run = jax.jit(Way("context=4", "length:context, experts:context").region(lambda *a: program(*a)["y"]))
+    rows = mw.plan(run, *_inputs(), *leaves).collectives
+    gathered = [row.payload_bytes for row in rows if row.kind == "all_gather"]
+    assert gathered and max(gathered) < BATCH * LENGTH * EMBED * 4
+    assert sum(row.kind == "reduce_scatter" for row in rows) == 2
+
+
+def _sizes_in(jaxpr: Any) -> list[int]:
+    found = []
+    for eqn in jaxpr.eqns:
+        found += [math.prod(v.aval.shape) for v in eqn.outvars]
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if (body := getattr(inner, "jaxpr", inner)) is not inner or type(inner).__name__ == "Jaxpr":
+                    found += _sizes_in(getattr(body, "jaxpr", body))
+    return found
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_nothing_is_of_tokens_by_experts_by_places(dispatch: str) -> None:
+    length, capacity = 256, math.ceil(1.25 * 256 * 2 / EXPERTS)
+    x = mw.random.normal(_key(8), mw.dims(batch=2, length=length, embed=EMBED))
+    leaves, program = _leaves(_mixture("top-2", dispatch))
+
+    def total(leaves: Any) -> Any:
+        return mw.sum(program(x, mw.zeros(x.dims[:2], "int32"), *leaves)["y"])
+
+    sizes = _sizes_in(jax.make_jaxpr(jax.grad(total))(leaves).jaxpr)
+    places_with_tokens, picks_with_tokens = 2 * EXPERTS * capacity * EMBED, 2 * length * 2 * EMBED
+    assert max(sizes) == (places_with_tokens if dispatch == "capacity" else picks_with_tokens)
+    assert max(sizes) * 8 < 2 * length * EXPERTS * capacity
+
+
+def test_dropless_counts_the_work_of_the_rows() -> None:
+    leaves, program = _leaves(_mixture("top-2", "dropless"))
+    p = mw.plan(jax.jit(lambda *inputs: program(*inputs)["y"]), *_inputs(), *leaves)
+    rows = BATCH * LENGTH * 2
+    assert p.flops.matmul == 2 * BATCH * LENGTH * EMBED * EXPERTS + 3 * 2 * rows * EMBED * FF
+
+
+# Bounds and mistakes
+
+
+def test_a_bound_keeps_what_it_has_room_for_and_counts_the_rest() -> None:
+    """Every token wants expert 0: of the rows for its device, a bound of 1 keeps as many as an even share is."""
+    router = nn.HashRouter(EXPERTS)
+    embed, experts, ff = mw.dims(embed=EMBED, experts=EXPERTS, ff=FF)
+    gated = nn.GatedExperts(embed, experts, ff, key=_key(3))
+    x, ids = _inputs()
+    same = mw.zeros_like(ids)
+    for mesh, layout, num_kept in (
+        ("data=4", "batch:data, experts:data", 4 * (BATCH // 4 * LENGTH // 4)),
+        ("expert=4", "experts:expert", BATCH * LENGTH // 4),
+    ):
+        leaves, program = _leaves(
+            nn.MixtureOfExperts(router, gated, dispatch="dropless", bound=1.0), lambda m, x, ids: m(x, ids=ids)
+        )
+        run = jax.jit(Way(mesh, layout).region(program))
+        for these, num in ((ids, None), (same, num_kept)):
+            y, metrics = run(x, these, *leaves)
+            whole, _ = nn.MixtureOfExperts(router, gated, dispatch="dropless")(x, ids=these)
+            kept = np.abs(np.asarray(y.array)).sum(-1) > 0
+            assert (~kept).sum() == np.asarray(metrics.num_dropped.array).sum()
+            assert num is None or kept.sum() == num
+            np.testing.assert_allclose(y.array[kept], whole.array[kept], rtol=1e-5, atol=1e-5)
+
+
+def test_mistakes_are_told() -> None:
+    embed, experts, ff = mw.dims(embed=EMBED, experts=EXPERTS, ff=FF)
+    gated, router = nn.GatedExperts(embed, experts, ff, key=_key(3)), _router("top-2")
+    with pytest.raises(ValueError, match=r"there is no dispatch 'dropfree'. Did you mean 'dropless'"):
+        nn.MixtureOfExperts(router, gated, dispatch="dropfree")
+    with pytest.raises(ValueError, match='Write dispatch="capacity" with an ExpertChoiceRouter'):
+        nn.MixtureOfExperts(_router("expert choice"), gated, dispatch="dropless")
+    with pytest.raises(ValueError, match=r"factor=0; it must be positive. 1 is the even share"):
+        nn.MixtureOfExperts(router, gated, factor=0)
+    with pytest.raises(ValueError, match=r"chooses by the tokens' ids. Write experts\(x, ids=ids\)"):
+        nn.MixtureOfExperts(nn.HashRouter(EXPERTS), gated)(_inputs()[0])
+    with pytest.raises(ValueError, match="num_choices=9; a token chooses from 1 to num_experts=8"):
+        nn.TopKRouter(embed, EXPERTS, key=_key(1), num_choices=9)
+    with pytest.raises(ValueError, match=r"there are no scores 'sigmod'. Did you mean 'sigmoid'"):
+        nn.TopKRouter(embed, EXPERTS, key=_key(1), scores="sigmod")
+
+
+# Routers' own
+
+
+def test_jitter_is_the_same_under_every_layout_and_needs_a_key() -> None:
+    router = nn.TopKRouter(mw.Dim("embed", EMBED), EXPERTS, key=_key(1), jitter=0.3)
+    key = _key(9)
+    plain, shaken = (router(_inputs()[0], key=k).weights.array for k in (None, key))
+    assert np.abs(plain - shaken).max() > 1e-3
+    noise = np.asarray(jax.random.uniform(key, (BATCH, LENGTH, EMBED), minval=0.7, maxval=1.3))
+    by_hand = router(mw.Tensor(_inputs()[0].array * noise, TOKENS))
+    np.testing.assert_allclose(by_hand.weights.array, shaken, rtol=1e-5)
+    leaves, program = _leaves(router, lambda router, x, ids: tuple(router(x, ids, key)[:2]))
+    over = ways(
+        ("data=4", "batch:data"), ("context=2", "length:context"), ("data=2,model=2", "batch:data, embed:model")
+    )
+    agree(program, *_inputs(), *leaves, over=over, grads=False)
+
+
+def test_the_bias_evens_the_load_and_changes_no_weight() -> None:
+    router: Any = _router("balanced")
+    bias, x = router.bias * 0.0, _inputs()[0]
+    spread = []
+    for _ in range(60):
+        router = _biased(router, mw.param(bias))
+        load = nn.routing.load_of(router(x).experts, EXPERTS)
+        spread.append(float(mw.max(mw.mean(load, "batch"))))
+        bias = nn.next_bias(bias, load, rate=0.01)
+    assert spread[-1] < 1.2 / EXPERTS < spread[0]
+    load = mw.Tensor(np.array([[0.5, 0.25, 0.25, 0.0], [0.5, 0.25, 0.25, 0.0]], np.float32), "batch routes")
+    moved = nn.next_bias(mw.zeros(mw.Dim("routes", 4)), load, rate=0.5)
+    np.testing.assert_array_equal(moved.array, [-0.5, 0.0, 0.0, 0.5])

@@ -64,7 +64,8 @@ class Microbatches:
         if stages is not None and not has_stages(first.jaxpr):
             stages = None
             first = once.traced(arrays, None)
-        found = kinds(first.jaxpr, [*(SAME for _ in arrays), PART])
+        told = zip(kinds(first.jaxpr, [*(SAME for _ in arrays), PART]), once.out_places, strict=True)
+        found = [PART if kind == SAME and at is not None else kind for kind, at in told]  # zeros that have the dim
         for k, (kind, at) in enumerate(zip(found, once.out_places, strict=True)):
             if kind == PART and at is None:
                 raise fail(_not_put_together(names(k)))

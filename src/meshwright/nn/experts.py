@@ -56,16 +56,20 @@ DISPATCHES = ("capacity", "dropless")
 Router = TopKRouter | ExpertChoiceRouter | HashRouter
 
 
+Numbers = Tensor | jax.Array
+"""One for each group: a scalar where there is no ``batch``."""
+
+
 class ExpertMetrics(NamedTuple):
     """What a mixture tells of each group, float32; the caller takes means."""
 
     load: Tensor
     """(batch, routes): the share of the choices, or for expert choice of the places, that each expert has."""
-    num_dropped: Tensor
+    num_dropped: Numbers
     """(batch): choices for which there was no place; for expert choice, tokens that no expert chose."""
-    balance_loss: Tensor
+    balance_loss: Numbers
     """(batch): 1 when even; 0 where the router has no scores to balance."""
-    z_loss: Tensor
+    z_loss: Numbers
     """(batch): the mean squared logsumexp of the router's logits; 0 where it has none."""
 
 
@@ -189,11 +193,11 @@ class MixtureOfExperts(eqx.Module):
         places = math.ceil(self.factor * length.size * self.num_choices / num_experts)
         return Dim("capacity", min(places, length.size))
 
-    def _dropless(self, x: Tensor, chosen: Choices) -> tuple[Tensor, Tensor]:
+    def _dropless(self, x: Tensor, chosen: Choices) -> tuple[Tensor, Numbers]:
         rows = self.experts.on_rows(to_rows(x, chosen.experts, self.experts.gate.dims[0], self.bound))
         return rows.to_tokens(chosen.weights)
 
-    def _placed(self, x: Tensor, chosen: Choices) -> tuple[Tensor, Tensor]:
+    def _placed(self, x: Tensor, chosen: Choices) -> tuple[Tensor, Numbers]:
         num_experts = self.experts.gate.dims[0].size
         slots, num_dropped = places(chosen, num_experts, self._capacity(x.dim("length"), num_experts))
         return self._in_slots(x, slots), num_dropped
@@ -204,7 +208,7 @@ class MixtureOfExperts(eqx.Module):
         return from_slots(y, slots.source, slots.weights, x.dim("length"))
 
 
-def places(chosen: Choices, num_experts: int, capacity: Dim) -> tuple[Slots, Tensor]:
+def places(chosen: Choices, num_experts: int, capacity: Dim) -> tuple[Slots, Numbers]:
     """The places that choices get, all first choices before all second ones, earlier tokens before later ones, and how
     many in each group get none."""
     routes, length = Dim("routes", num_experts), chosen.experts.dim("length")
@@ -238,7 +242,7 @@ def _queue(experts: Tensor, routes: Dim) -> Tensor:
     return stack(found, experts.dim("choices")).reorder(*experts.names)
 
 
-def _of_choices(chosen: Choices, num_experts: int, num_dropped: Tensor) -> ExpertMetrics:
+def _of_choices(chosen: Choices, num_experts: int, num_dropped: Numbers) -> ExpertMetrics:
     load = load_of(chosen.experts, num_experts)
     none = zeros_like(num_dropped)
     balance = none if chosen.shares is None else balance_loss(load, chosen.shares)

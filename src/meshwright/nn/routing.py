@@ -233,7 +233,7 @@ def load_of(experts: Tensor, num_experts: int) -> Tensor:
     return multiply(sum_over(chosen, ("length", "choices")), 1.0 / (experts.size("length") * experts.size("choices")))
 
 
-def balance_loss(load: Tensor, shares: Tensor) -> Tensor:
+def balance_loss(load: Tensor, shares: Tensor) -> Tensor | jax.Array:
     """experts x sum(load x mean share), for each group: 1 where both are even (Fedus et al., 2021, equation 4).
 
     Args:
@@ -243,7 +243,7 @@ def balance_loss(load: Tensor, shares: Tensor) -> Tensor:
     return multiply(sum_over(multiply(load, mean(shares, "length")), "routes"), float(load.size("routes")))
 
 
-def z_loss(logits: Tensor) -> Tensor:
+def z_loss(logits: Tensor) -> Tensor | jax.Array:
     """The mean over a group's tokens of the squared logsumexp of their logits, which keeps these small (Zoph et al.,
     2022, equation 5)."""
     whole = logsumexp(logits, "routes")

@@ -85,7 +85,7 @@ class Rows:
         these = (Dim("rows", self.array.shape[0]), *self.dims)
         return make(self.array, these, asked=ASKED, partial=self.partial)  # type: ignore[no-any-return]
 
-    def to_tokens(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def to_tokens(self, weights: Tensor) -> tuple[Tensor, Tensor | jax.Array]:
         """Each token's rows, added up times their weights, and for each group how many found no room.
 
         Args:
