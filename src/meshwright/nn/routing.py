@@ -261,4 +261,4 @@ def next_bias(bias: Tensor, load: Tensor, rate: float = 1e-3) -> Tensor:
     """
     others = tuple(n for n in load.names if n not in bias.names)
     even = 1.0 / bias.size("routes")
-    return add(bias, multiply(sign(subtract(even, mean(load, others) if others else load)), rate))
+    return param(add(bias, multiply(sign(subtract(even, mean(load, others) if others else load)), rate)))
