@@ -17,10 +17,10 @@ import pytest
 import meshwright as mw
 from meshwright import nn
 from meshwright.nn.experts import places
+from meshwright.plan.hlo import compiled_collectives
 
 from .laws import Way, agree, assert_same, outcome, ways
 from .stablehlo import counted
-from .test_plan_exact import AS_WRITTEN, _compiled, _planned, _sizes, _totals
 
 BATCH, LENGTH, EMBED, EXPERTS, FF = 8, 16, 16, 8, 16
 TOKENS = mw.dims(batch=BATCH, length=LENGTH, embed=EMBED)
@@ -293,6 +293,15 @@ def test_bfloat16_is_routed_in_float32() -> None:
 
 # What it communicates
 
+
+def _totals(rows: Any) -> dict[str, int]:
+    """Bytes by kind."""
+    found: dict[str, int] = {}
+    for row in rows:
+        found[row.kind] = found.get(row.kind, 0) + row.times * row.payload_bytes
+    return found
+
+
 ALL_TO_ALL = [
     ("data=4", "batch:data, experts:data", 4, 1),
     ("data=2,expert=4", "batch:(data,expert), experts:expert", 4, 2),
@@ -311,9 +320,10 @@ def test_dispatch_is_one_all_to_all_each_way(
     mixture = _mixture("top-2", dispatch)
     leaves, program = _leaves(mixture)
     run = jax.jit(Way(mesh, layout).region(lambda *inputs: program(*inputs)["y"]))
-    p, sizes = mw.plan(run, *_inputs(), *leaves), _sizes(mesh)
-    found = _totals(_planned(p, sizes))
-    assert found == _totals(_compiled(p, sizes, AS_WRITTEN))
+    sizes = {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}
+    text = run.lower(*_inputs(), *leaves).compile().as_text()
+    found = _totals(mw.plan(run, *_inputs(), *leaves).collectives)
+    assert found == _totals(compiled_collectives(text, sizes))
     assert counted(run, *_inputs(), *leaves) == {"all_to_all": 2 if dispatch == "capacity" else 3}
     groups = BATCH // num_others // num_devices  # on a device
     capacity = math.ceil(1.25 * LENGTH * 2 / EXPERTS)
@@ -322,7 +332,7 @@ def test_dispatch_is_one_all_to_all_each_way(
     else:
         rows = num_devices * groups * LENGTH * min(2, EXPERTS // num_devices)
         expected = 2 * rows * EMBED * 4 + EXPERTS * 4
-    assert [(kind, num) for (kind, _), num in found.items()] == [("all_to_all", expected)]
+    assert found == {"all_to_all": expected}
 
 
 @pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
