@@ -221,12 +221,12 @@ def places(chosen: Choices, num_experts: int, capacity: Dim) -> tuple[Slots, Num
     # Sums into places that one choice each has: between devices, these small sums are all that a split length asks for.
     behind = scatter_add(zeros((*groups, slots), "int32"), at, subtract(arange(length), length.size), "slots")
     weights = scatter_add(zeros((*groups, slots)), at, chosen.weights, "slots")
-    each = (
+    source, weights = (
         t.split("slots", routes=routes.size, capacity=capacity.size).reorder("routes", ..., "capacity")
         for t in (add(behind, length.size), weights)
     )
     num_dropped = sum_over(logical_and(exists, greater_equal(place, capacity.size)), ("length", "choices"))
-    return Slots(*each, chosen.logits), num_dropped.astype("float32")
+    return Slots(source, weights, chosen.logits), num_dropped.astype("float32")
 
 
 def _queue(experts: Tensor, routes: Dim) -> Tensor:

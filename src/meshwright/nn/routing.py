@@ -170,7 +170,8 @@ class ExpertChoiceRouter(eqx.Module):
         """(batch, length, embed) to the tokens that each expert chose: ``capacity`` of them."""
         logits = _logits(self.linear, x, key, self.jitter)
         weights, source = top_k(softmax(logits, "routes"), "length", capacity)
-        return Slots(*(t.reorder("routes", ..., capacity.name) for t in (source, weights)), logits)
+        source, weights = (t.reorder("routes", ..., capacity.name) for t in (source, weights))
+        return Slots(source, weights, logits)
 
 
 class HashRouter(eqx.Module):

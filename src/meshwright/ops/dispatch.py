@@ -56,7 +56,8 @@ def from_experts(x: Tensor) -> Tensor:
     after = _renamed(x.dims, names)
     if _in_general(x, after) or x.rest or x.copies:
         return x.rename(**names)
-    array, at, rest = x.held, x.position("experts", asked), [()] * x.ndim
+    array, at = x.held, x.position("experts", asked)
+    rest: list[Axes] = [()] * x.ndim
     runs = list(_runs(x, after))
     for i, (axes, exchanged) in reversed(list(enumerate(runs))):
         if exchanged:
