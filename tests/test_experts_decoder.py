@@ -14,7 +14,8 @@ import meshwright as mw
 from meshwright.cli import main
 from meshwright.models import Decoder, DecoderConfig, ExpertsConfig
 from meshwright.nn import rotation
-from meshwright.train import Recipe
+from meshwright.plan.hlo import compiled_collectives
+from meshwright.train import Program, Recipe
 from meshwright.train.data import Batch
 from meshwright.train.optimizer import OptimizerConfig, make_optimizer
 from meshwright.train.step import Place, State, loss, objective, train_step
@@ -166,3 +167,22 @@ def test_it_trains_and_plans_from_the_command_line(capsys: pytest.CaptureFixture
         main(["plan", *[f for f in TINY if "tokens" not in f and "every" not in f and "bytes" not in f], *flags]) == 0
     )
     assert "all_to_all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("mesh", "layout", "options"), LAYOUTS[:2])
+def test_the_plan_of_a_step_is_what_is_compiled(mesh: str, layout: str, options: dict[str, Any]) -> None:
+    """The update of biases outside the region too."""
+    model = dataclasses.replace(CONFIG, experts=KINDS["dropless"], unroll=True)
+    program = Program(Recipe(model=model, batch=8, length=16), _place(mesh, layout, options))
+    plan = program.plan()
+    assert not plan.program.unknown
+    text = plan.program.traced.lower().compile(compiler_options={"xla_disable_hlo_passes": "cse,algsimp"}).as_text()
+    sizes = {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}
+    totals = []
+    for rows in (plan.collectives, compiled_collectives(text, sizes)):
+        found: dict[str, int] = {}
+        for row in rows:
+            if row.payload_bytes:
+                found[row.kind] = found.get(row.kind, 0) + row.times * row.payload_bytes
+        totals.append(found)
+    assert totals[0] == totals[1] and totals[0]["all_to_all"] > 0
