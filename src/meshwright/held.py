@@ -14,22 +14,29 @@ import jax
 from jax.extend.core import set_current_trace, take_current_trace
 
 from . import collectives
-from .scope import Scope, Split
+from .scope import Axes, Scope, Split
 from .summing import PLAIN
 
 
 class Cell:
     """One array of a region, and what was derived from it, each thing once."""
 
-    __slots__ = ("came", "derived", "raw", "shared", "trace")
+    __slots__ = ("came", "derived", "raw", "scatter", "shared", "trace")
 
     def __init__(self, raw: Any) -> None:
         self.raw = raw
         self.derived: dict[Any, Any] = {}
         self.shared: Callable[[], Any] | None = None
+        self.scatter: Callable[[Axes, int], Any] | None = None
         self.came = False  # whether it came into the region, as an argument
         with take_current_trace() as trace:
             self.trace = trace
+
+    @property
+    def here(self) -> bool:
+        """Whether what is traced now is what made the array."""
+        with take_current_trace() as trace:
+            return trace is self.trace
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, evaluated once and in the trace in which the array was made."""

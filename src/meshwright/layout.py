@@ -40,13 +40,15 @@ ROLES = (ACTIVATION, PARAMETER, OPTIMIZER)
 GATHERS = ("use", "step")
 SCHEDULES = ("1f1b", "gpipe")
 OPTIONS = (
-    "params", "optimizer", "gather", "strict", "sums", "like", "microbatches", "pipeline", "schedule", "virtual_stages",
+    "params", "optimizer", "gather", "strict", "sums", "overlap", "like", "microbatches", "pipeline", "schedule",
+    "virtual_stages",
 )  # fmt: skip
 
 Pairs = tuple[tuple[str, Axes], ...]
 RulesLike = str | Mapping[str, Any] | Iterable[tuple[str, Any]] | None
 
 _LIKE = dict(read_inherited(LIKE))
+_OVERLAP = Notation("Layout: overlap=", "axis", 'an axis or several, "model" or "(model,pod)"', ":", "model")
 _NOTATION = Notation("Layout", "dim", "dim:axis or dim:(axis,axis)", ":", "batch:(pod,data), heads:model")
 
 
@@ -134,6 +136,9 @@ class Layout:
             once where it enters a region.
         strict: whether a rule whose dim a region never meets is an error; otherwise a warning.
         sums: the floating dtype in which sums across devices are taken ("float32"); None: the dtype of the operand.
+        overlap: an axis, or several ("(model,pod)"), over which a gather that feeds a product, or the sum of one that
+            ends split, goes on beside it: the product is made slice by slice, while the next one is on its way
+            (``ops/overlap.py``). Without effect under ``partitioner="xla"``.
         like: names that lie as another does where ``rules`` do not speak of them: ``"memory_length:length"``, or
             ``"memory_length:length-heads"`` for the axes of ``length`` less those of ``heads``. Added to those of this
             package's models (``inherit.LIKE``).
@@ -156,6 +161,7 @@ class Layout:
     gather: str
     strict: bool
     sums: str | None
+    overlap: Axes
     like: tuple[tuple[str, Inherited], ...]
     microbatches: tuple[str, int] | None
     pipeline: str
@@ -171,6 +177,7 @@ class Layout:
         gather: str = "use",
         strict: bool = False,
         sums: Any = None,
+        overlap: Any = None,
         like: Any = (),
         microbatches: Any = None,
         pipeline: str = "layers",
@@ -194,6 +201,7 @@ class Layout:
             "gather": gather,
             "strict": strict,
             "sums": _floating(sums) if sums is not None else None,
+            "overlap": _OVERLAP.names(overlap or None, "axis", overlap),
             "like": read_inherited(like, _LIKE),
             "microbatches": _microbatches(microbatches),
             "pipeline": pipeline,
@@ -236,6 +244,7 @@ class Layout:
             "gather": f'"{self.gather}"' if self.gather != "use" else "",
             "strict": "True" if self.strict else "",
             "sums": f'"{self.sums}"' if self.sums else "",
+            "overlap": f'"{_axes_text(self.overlap)}"' if self.overlap else "",
             "like": f'"{inherited_text(self.like)}"' if self.like else "",
             "microbatches": _microbatches_text(self.microbatches) if self.microbatches else "",
             "pipeline": f'"{self.pipeline}"' if self.pipeline != "layers" else "",
@@ -272,11 +281,12 @@ class Layout:
         """Hold the layout against a mesh.
 
         Raises:
-            ValueError: a rule names an axis that the mesh lacks; the message proposes the nearest.
+            ValueError: a rule or an option names an axis that the mesh lacks; the message proposes the nearest.
         """
         rules = [(f"the rule '{_rules_text((pair,))}'", pair[1]) for pair in self.pairs]
         rules += [("params='" + str(self.params) + "'", self.params.known_axes)]
         rules += [("optimizer='" + str(self.optimizer) + "'", self.optimizer.known_axes)]
+        rules += [(f"overlap={_axes_text(self.overlap)!r}", self.overlap)] if self.overlap else []
         for rule, axes in rules:
             message = f"Layout: {rule} names the axis {{}}, which the mesh ({mesh.text}) lacks."
             check_known(axes, mesh.axes, message)
@@ -358,6 +368,9 @@ class Layout:
             lines.append(("like", inherited_text(self.like)))
         if self.sums:
             lines.append(("sums", f"across devices in {self.sums}"))
+        if self.overlap:
+            over = _join(self.overlap)
+            lines.append(("overlap", f"gathers and scatters over {over} go on beside the products that they serve"))
         if self.strict:
             lines.append(("strict", "a rule whose dim is never met is an error"))
         width = max(len(name) for name, _ in lines)
@@ -374,7 +387,8 @@ def _scope(layout: Layout, mesh: Mesh, partitioner: str, in_time: bool) -> Scope
     splits = ((name, tuple(a for a in axes if sizes[a] > 1 or a == TIME)) for name, axes in layout.splits(in_time))
     kept = tuple((name, axes) for name, axes in splits if axes)
     sums = Summing(layout.sums, tuple(a for a in mesh.dcn if sizes[a] > 1))
-    return Scope(mesh.jax_mesh, kept, tuple(sizes.items()), partitioner, sums, layout.text)
+    overlap = tuple(a for a in layout.overlap if sizes[a] > 1)
+    return Scope(mesh.jax_mesh, kept, tuple(sizes.items()), partitioner, sums, overlap, layout.text)
 
 
 @functools.lru_cache(maxsize=8192)

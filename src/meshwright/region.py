@@ -294,12 +294,14 @@ class Region:
         """
         every = self.scope.met | self.in_time.met
         unmet = [name for name in self.layout.names() if name not in every]
-        if not unmet or (self.warned and not self.layout.strict):
+        alone = [axis for axis in self.scope.overlap if axis not in self.scope.overlapped | self.in_time.overlapped]
+        if not (unmet or alone) or (self.warned and not self.layout.strict):
             return
         met = sorted(every)
         lines = [
             f"the rule for {n!r} was not used: the region met no dim of that name.{nearest(n, met)}" for n in unmet
         ]
+        lines += [_alone_text(axis) for axis in alone]
         message = "layout " + repr(self.layout.text) + ": " + "\n  ".join(lines)
         if self.layout.strict:
             raise fail(message)
@@ -316,6 +318,13 @@ def _check_output(x: Any) -> None:
             f"spmd: an output is a {type(x).__name__}. A region returns tensors, arrays and numbers; what is known "
             "before it runs need not go through it."
         )
+
+
+def _alone_text(axis: str) -> str:
+    return (
+        f"overlap= over the axis {axis!r} was not used: the region met no product whose operand is gathered, or whose "
+        f"sum is scattered, over it. Sequence parallelism has both: residual_length:{axis} beside ff:{axis}."
+    )
 
 
 def _output_text(outlets: list[Any], k: int) -> str:

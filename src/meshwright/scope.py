@@ -44,14 +44,18 @@ class Scope:
     """``names``: slices and collectives by this package. ``xla``: whole arrays with sharding constraints."""
     summing: Summing = PLAIN
     """How sums across devices are taken; operations ask ``sums``."""
+    overlap: Axes = ()
+    """The axes over which gathers and scatters go on beside the products that they serve."""
     text: str = ""
     """The layout as its user wrote it, for errors."""
     met: set[str] = field(default_factory=set)
     """Names of the dims that the region has met."""
+    overlapped: set[str] = field(default_factory=set)
+    """Axes over which a product of the region has overlapped with its gather or scatter."""
 
     @functools.cached_property
     def _key(self) -> tuple[Any, ...]:
-        return self.mesh, self.splits, self.sizes, self.partitioner, self.summing
+        return self.mesh, self.splits, self.sizes, self.partitioner, self.summing, self.overlap
 
     @functools.cached_property
     def _hash(self) -> int:

@@ -191,6 +191,15 @@ class Tensor:
         if self.partial and self.partial == x.partial and not self.copies:
             self._cell.shared = lambda: function(x.summed())
 
+    def made_by(self, scatter: Callable[[Axes, int], Any]) -> None:
+        """State how the pending sum over axes is made where it is to be split along a position: an array, or None."""
+        self._cell.scatter = scatter
+
+    def scattered(self, axes: Axes, dim: int) -> Any:
+        """The sum over ``axes`` split along position ``dim``, as the maker of its addends makes it, or None."""
+        make = self._cell.scatter
+        return None if make is None else self._cell.once(("scatter", axes, dim), lambda: make(axes, dim))
+
     def summed(self) -> Any:
         """What is held, its pending sum taken."""
         if not self.partial:
@@ -214,15 +223,24 @@ class Tensor:
         held, used = (summed := self.summed()), _NOTHING
         sums = self.scope.sums if self.scope else PLAIN
         if self.rest is not None:
-            used = frozenset(a for axes in self.rest for a in axes) & want
-            held = self._cell.once(
-                ("gather", self.partial, self.rest, used), lambda: gathered(summed, self.rest, used, self.scope)
-            )
+            key = _, _, _, used = self._gather_key(want)
+            held = self._cell.once(key, lambda: gathered(summed, self.rest, used, self.scope))
         unwanted = tuple(a for a in self.copies if a not in want)
         if unwanted:
             whole, key = held, ("first", self.partial, self.rest, used, unwanted)
             held = self._cell.once(key, lambda: collectives.from_first(whole, unwanted, sums))
         return held
+
+    def _gather_key(self, want: frozenset[str]) -> tuple[str, Axes, Split | None, frozenset[str]]:
+        return "gather", self.partial, self.rest, frozenset(a for axes in self.rest or () for a in axes) & want
+
+    def awaits_gather(self, want: frozenset[str]) -> bool:
+        """Whether the gather that a use over ``want`` needs is promised, not made yet, and at home in this trace."""
+        return self.rest is not None and self._cell.here and self._gather_key(want) not in self._cell.derived
+
+    def gather_made(self, want: frozenset[str], whole: Any) -> None:
+        """Keep that promise with ``whole``, which somebody assembled on the way."""
+        self._cell.derived[self._gather_key(want)] = whole
 
     # Operators and methods: each hands over to ops/
 

@@ -25,6 +25,7 @@ from ..held import merge_runs
 from ..scope import Axes, current_manual
 from ..tensor import PARAMETER, Tensor, make
 from .lowering import check_operand, copied, local_sizes, run, wanted
+from .overlap import in_rings
 
 
 def einsum(*tensors: Tensor, out: Names, preferred_element_type: Any = None, precision: Any = None) -> Any:
@@ -56,21 +57,27 @@ def einsum(*tensors: Tensor, out: Names, preferred_element_type: Any = None, pre
     recipe = _chain(tuple(x.dims for x in tensors), kept)
     dtype = jnp.result_type(*(x.raw for x in tensors))
     sizes = dict(zip(names_of(every), local_sizes(every, f"{asked}, its operands together"), strict=True))
-    product = functools.partial(
-        _run_chain, recipe, sizes, dtype, preferred_element_type=preferred_element_type, precision=precision
-    )
+    chain = functools.partial(_run_chain, preferred_element_type=preferred_element_type, precision=precision)
+    product = functools.partial(chain, recipe, sizes, dtype)
     summed = without(every, names)
     want = wanted(f"{asked}, its operands together", every)
     copies = copied(tensors, want)
+    want = want.union(copies)
+    rings = in_rings(tensors, kept, want, sizes, lambda sizes: functools.partial(chain, recipe, sizes, dtype))
     again = any(
         x.role == PARAMETER and (x.dtype != dtype or len(runs) < x.ndim)
         for x, runs in zip(tensors, recipe.runs, strict=True)
     )
-    result = run(product, tensors, want.union(copies), again=again, runs=recipe.runs)
+    result = rings.gathered() if rings is not None else None
+    if result is None:
+        result = run(product, tensors, want, again=again, runs=recipe.runs)
     axes = _axes_of(summed)
     if axes and result.dtype == jnp.bool_:  # a sum of booleans is "or", which no device can leave to a later addition
         return make(collectives.all_max(result.astype(jnp.int32), axes) > 0, kept, asked=asked, copies=copies)
-    return make(result, kept, asked=asked, partial=axes, copies=copies)
+    made = make(result, kept, asked=asked, partial=axes, copies=copies)
+    if rings is not None and axes and kept:
+        made.made_by(rings.scattered)
+    return made
 
 
 def dot(x: Tensor, w: Tensor, over: Names, *, preferred_element_type: Any = None, precision: Any = None) -> Any:

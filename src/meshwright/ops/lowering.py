@@ -105,7 +105,7 @@ def run(
     ``runs`` asks for the other operands with runs of dims merged (``Tensor.merged``).
     """
     merges = runs or (None,) * len(tensors)
-    held = [_as_it_rests(x, want) for x in tensors]
+    held = at_rest(tensors, want)
     if linear or done_again() or not (again or any(held)):
         return function(*(_local(x, want, merge) for x, merge in zip(tensors, merges, strict=True)))
 
@@ -121,6 +121,12 @@ def run(
         for x, rests, merge in zip(tensors, held, merges, strict=True)
     ]
     return jax.checkpoint(prepare_and_run)(*arrays)
+
+
+def at_rest(tensors: Sequence[Tensor], want: frozenset[str]) -> list[bool]:
+    """For each operand, whether it is a parameter that is kept for the backward pass as it rests, and made ready for
+    its use there again."""
+    return [not done_again() and _as_it_rests(x, want) for x in tensors]
 
 
 def _local(x: Tensor, want: frozenset[str], runs: tuple[int, ...] | None) -> Any:

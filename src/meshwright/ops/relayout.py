@@ -13,7 +13,7 @@ an axis arrives along which sums are pending   reduce-scatter
 Gathers are left to the first use of the result, whose kind decides the gradient (``rest`` in ``tensor.py``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,19 +22,24 @@ from ..dims import Dims
 from ..scope import Axes, Scope, Split
 from ..tensor import Tensor, make, told
 
+Scattered = Callable[[Axes, int], Any]
 
-def relayout(array: Any, old: Split, new: Split, partial: Axes, scope: Scope) -> tuple[Any, Split, Axes]:
+
+def relayout(
+    array: Any, old: Split, new: Split, partial: Axes, scope: Scope, scattered: Scattered | None = None
+) -> tuple[Any, Split, Axes]:
     """Move a device's slice towards the split ``new``.
 
     Args:
         array: the slice, split as ``old``, with sums pending over the axes ``partial``.
         old, new: the axes of each dim, dim for dim.
+        scattered: another way to a sum of ``array`` that ends split, where there is one (``Tensor.scattered``).
 
     Returns:
         The slice, the axes of each dim still to be gathered (always the last ones of that dim), and the axes whose
         sums are still pending.
     """
-    state = _State(array, [list(axes) for axes in old], list(partial), scope)
+    state = _State(array, [list(axes) for axes in old], list(partial), scope, scattered, array)
     for i, axes in enumerate(new):
         state.arrive(i, axes)
     for i, axes in enumerate(new):
@@ -58,8 +63,9 @@ def move(x: Tensor, after: Dims, asked: str) -> Any:
     The move begins with what is held: axes at rest are axes over which a dim is split, and go where it goes.
     """
     scope = here(x)
+    split = scope.split(after, asked)
     with told(after):
-        array, rest, partial = relayout(x.held, held_split(x, asked), scope.split(after, asked), x.pending, scope)
+        array, rest, partial = relayout(x.held, held_split(x, asked), split, x.pending, scope, x.scattered)
     return moved_to(array, after, x, asked, rest, partial)
 
 
@@ -97,6 +103,9 @@ class _State:
     have: list[list[str]]
     pending: list[str]
     scope: Scope
+    scattered: Scattered | None
+    first: Any
+    """The array as it set out."""
 
     def arrive(self, i: int, want: Axes) -> None:
         """Add axes to dim ``i``, as many at a time as one collective can bring."""
@@ -109,7 +118,8 @@ class _State:
     def bring(self, i: int, axes: Axes) -> bool:
         """Split dim ``i`` over ``axes`` too, if one collective (or a slice) does it."""
         if all(axis in self.pending for axis in axes):
-            self.array = collectives.sum_scatter(self.array, axes, i, self.scope.sums)
+            other = self.scattered(axes, i) if self.scattered is not None and self.array is self.first else None
+            self.array = collectives.sum_scatter(self.array, axes, i, self.scope.sums) if other is None else other
             self.pending = [axis for axis in self.pending if axis not in axes]
         elif any(axis in self.pending for axis in axes):
             return False
