@@ -8,12 +8,14 @@ loop or a rematerialised function leaves nothing behind that its neighbours cann
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 from jax.extend.core import set_current_trace, take_current_trace
 
 from . import collectives
+from .dims import Dims, names_of
 from .scope import Axes, Scope, Split
 from .summing import PLAIN
 
@@ -44,6 +46,11 @@ class Cell:
             with set_current_trace(self.trace):
                 self.derived[key] = make()
         return self.derived[key]
+
+
+def told(these: Dims) -> AbstractContextManager[None]:
+    """A context in which the program's operations carry the names of a tensor: profilers and the plan show them."""
+    return jax.named_scope(f"mw[{' '.join(names_of(these))}]")  # type: ignore[no-any-return]
 
 
 def merge_runs(array: Any, runs: tuple[int, ...]) -> Any:

@@ -294,7 +294,8 @@ class Region:
         """
         every = self.scope.met | self.in_time.met
         unmet = [name for name in self.layout.names() if name not in every]
-        alone = [axis for axis in self.scope.overlap if axis not in self.scope.overlapped | self.in_time.overlapped]
+        overlapped = self.scope.overlapped | self.in_time.overlapped
+        alone = [axis for axis in self.scope.overlap if self.scope.manual and axis not in overlapped]
         if not (unmet or alone) or (self.warned and not self.layout.strict):
             return
         met = sorted(every)

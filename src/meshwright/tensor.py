@@ -23,7 +23,6 @@ computed in the trace that made the tensor, wherever the first use stands.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -35,7 +34,7 @@ from . import collectives
 from .annotations import annotation
 from .dims import Dim, Dims, Names, as_dims, as_names, find, index_of, names_of, show, sizes_of
 from .errors import fail, fail_type, nearest
-from .held import Cell, gathered, merge_runs, slice_own
+from .held import Cell, gathered, merge_runs, slice_own, told
 from .scope import Axes, Scope, Split, current, current_manual, describe, mapped_axes
 from .summing import PLAIN
 
@@ -152,8 +151,10 @@ class Tensor:
             return array
         if self.scope is None or (self.rest is not None and self.role == PARAMETER):
             return merge_runs(array, runs)
-        key = ("merged", self.partial, self.rest, self.copies, want, runs)
-        return self._cell.once(key, lambda: merge_runs(array, runs))
+        return self._cell.once(self._merged_key(want, runs), lambda: merge_runs(array, runs))
+
+    def _merged_key(self, want: frozenset[str], runs: tuple[int, ...]) -> tuple[Any, ...]:
+        return "merged", self.partial, self.rest, self.copies, want, runs
 
     @property
     def came(self) -> bool:
@@ -238,9 +239,9 @@ class Tensor:
         """Whether the gather that a use over ``want`` needs is promised, not made yet, and at home in this trace."""
         return self.rest is not None and self._cell.here and self._gather_key(want) not in self._cell.derived
 
-    def gather_made(self, want: frozenset[str], whole: Any) -> None:
-        """Keep that promise with ``whole``, which somebody assembled on the way."""
-        self._cell.derived[self._gather_key(want)] = whole
+    def gather_made(self, want: frozenset[str], whole: Any, runs: tuple[int, ...], merged: Any) -> None:
+        """Keep that promise with ``whole``, which somebody assembled on the way, and has with its dims merged too."""
+        self._cell.derived.update({self._gather_key(want): whole, self._merged_key(want, runs): merged})
 
     # Operators and methods: each hands over to ops/
 
@@ -541,11 +542,6 @@ def make(
     _set(t, Cell(raw), these, role, scope, rest, partial, copies, home if copies else None)
     t._cell.came = came
     return t
-
-
-def told(these: Dims) -> AbstractContextManager[None]:
-    """A context in which the program's operations carry the names of a tensor: profilers and the plan show them."""
-    return jax.named_scope(f"mw[{' '.join(names_of(these))}]")  # type: ignore[no-any-return]
 
 
 def same_cell(x: Tensor, these: Dims) -> Any:

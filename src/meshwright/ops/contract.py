@@ -58,12 +58,13 @@ def einsum(*tensors: Tensor, out: Names, preferred_element_type: Any = None, pre
     dtype = jnp.result_type(*(x.raw for x in tensors))
     sizes = dict(zip(names_of(every), local_sizes(every, f"{asked}, its operands together"), strict=True))
     chain = functools.partial(_run_chain, preferred_element_type=preferred_element_type, precision=precision)
-    product = functools.partial(chain, recipe, sizes, dtype)
+    product = functools.partial(chain, recipe, dtype, sizes)
     summed = without(every, names)
     want = wanted(f"{asked}, its operands together", every)
     copies = copied(tensors, want)
     want = want.union(copies)
-    rings = in_rings(tensors, kept, want, sizes, lambda sizes: functools.partial(chain, recipe, sizes, dtype))
+    of_sizes = functools.partial(functools.partial, chain, recipe, dtype)
+    rings = in_rings(tensors, kept, want, sizes, recipe.runs, of_sizes)
     again = any(
         x.role == PARAMETER and (x.dtype != dtype or len(runs) < x.ndim)
         for x, runs in zip(tensors, recipe.runs, strict=True)
@@ -227,7 +228,7 @@ def _follows(names: tuple[str, ...], first: str | None, second: str) -> bool:
 
 
 def _run_chain(
-    chain: _Chain, sizes: dict[str, int], dtype: Any, *arrays: Any, preferred_element_type: Any, precision: Any
+    chain: _Chain, dtype: Any, sizes: dict[str, int], *arrays: Any, preferred_element_type: Any, precision: Any
 ) -> Any:
     """The products, one after the other. An array comes with its dims as they are, or merged already."""
     pool = [x if x.dtype == dtype else x.astype(dtype) for x in arrays]

@@ -31,8 +31,9 @@ from jax import lax
 
 from .. import collectives
 from ..dims import Dims, names_of
+from ..held import merge_runs, told
 from ..scope import Axes, Scope, current_manual, current_stages
-from ..tensor import ACTIVATION, Tensor, told
+from ..tensor import ACTIVATION, Tensor
 from .lowering import at_rest
 
 Array = Any
@@ -101,6 +102,10 @@ class Job:
     """The position in ``x`` of the dim that is cut."""
     out_dim: int
     """Its position in the product."""
+    runs: tuple[int, ...]
+    """How the product merges dims of ``x``."""
+    shape: tuple[int, ...]
+    """Of all of ``x``."""
     part: Product
     """Of a slice of ``x`` and ``w``, the slice of the product."""
     whole: Product
@@ -141,25 +146,28 @@ class Job:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gather_multiply(job: Job, x: Array, w: Array) -> tuple[Array, Array]:
-    """The product of ``x``, gathered, and ``w``; and ``x`` gathered."""
+    """The product of ``x``, gathered, and ``w``; and ``x`` gathered, merged as the product merges it: the form that is
+    kept for the backward pass, and that other products keep too."""
     return _gather_multiply(job, x, w)[0]
 
 
 def _gather_multiply(job: Job, x: Array, w: Array) -> tuple[Any, Any]:
     ready = job.ready[1](w)
     out, whole = job.of_slices(x, lambda piece: job.part(piece, ready), job.dim, job.out_dim)
-    return (out, whole), (whole, w)
+    merged = merge_runs(whole, job.runs)
+    return (out, merged), (merged, w)
 
 
 def _gather_multiply_back(job: Job, kept: Any, gradients: Any) -> tuple[Array, Array]:
-    (whole, w), (of_out, of_whole) = kept, gradients
+    (merged, w), (of_out, of_whole) = kept, gradients
+    whole, of_whole = (lax.reshape(array, job.shape) for array in (merged, of_whole))
     ready, back = jax.vjp(job.ready[1], w)
     to_x = job.to_x(whole, ready)
 
     def addend(place: Array) -> Array:
         return to_x(job.cut(of_out, place, job.out_dim)) + job.cut(of_whole, place, job.dim)
 
-    return job.ring.collected(addend), *back(job.to_w(whole, ready, of_out))
+    return job.ring.collected(addend), *back(job.to_w(merged, ready, of_out))
 
 
 gather_multiply.defvjp(_gather_multiply, _gather_multiply_back)
@@ -197,6 +205,8 @@ class Rings:
     want: frozenset[str]
     sizes: dict[str, int]
     """Those of the slices."""
+    runs: Sequence[tuple[int, ...]]
+    """For each operand, how the product merges its dims."""
     product: Callable[[dict[str, int]], Product]
     """The product of slices of given sizes."""
     scope: Scope
@@ -213,8 +223,8 @@ class Rings:
             # What varies over more axes only in this product is gathered as it is, for products that it does not.
             if self._overlaps(axes) and self.want <= collectives.varies_over(piece) and self._free(x.names[i]) == k:
                 job = self._job(k, x.names[i], axes, x.dims)
-                result, whole = gather_multiply(job, piece, self._kept(1 - k))
-                x.gather_made(self.want, whole)
+                result, merged = gather_multiply(job, piece, self._kept(1 - k))
+                x.gather_made(self.want, lax.reshape(merged, job.shape), job.runs, merged)
                 return result
         return None
 
@@ -240,8 +250,10 @@ class Rings:
         ring = Ring(axes, self.scope.size(axes), dims, self.scope.sums)
         part = self.product({**self.sizes, name: self.sizes[name] // ring.num})
         both = [product if k == 0 else _swapped(product) for product in (part, self.product(self.sizes))]
-        at, out_at = self.tensors[k].names.index(name), names_of(self.out).index(name)
-        return Job(ring, at, out_at, *both, (self._ready(k), self._ready(1 - k)))
+        names, ready = self.tensors[k].names, (self._ready(k), self._ready(1 - k))
+        shape = tuple(self.sizes[n] for n in names)
+        dims_cut = names.index(name), names_of(self.out).index(name)
+        return Job(ring, *dims_cut, self.runs[k], shape, *both, ready)
 
     def _kept(self, k: int) -> Array:
         """What is kept of an operand for the backward pass."""
@@ -258,7 +270,12 @@ def _swapped(product: Product) -> Product:
 
 
 def in_rings(
-    tensors: Sequence[Tensor], out: Dims, want: frozenset[str], sizes: dict[str, int], product: Callable[..., Product]
+    tensors: Sequence[Tensor],
+    out: Dims,
+    want: frozenset[str],
+    sizes: dict[str, int],
+    runs: Sequence[tuple[int, ...]],
+    product: Callable[[dict[str, int]], Product],
 ) -> Rings | None:
     """The rings that a contraction may be taken in; None where the layout overlaps nothing, or it is not of two tensors
     of floating point. (Not between the stages of a pipeline, where devices outside the ring do not take part.)"""
@@ -267,4 +284,4 @@ def in_rings(
         return None
     if not all(jnp.issubdtype(x.dtype, jnp.inexact) for x in tensors) or not all(sizes.values()):
         return None
-    return Rings(tuple(tensors), out, want, sizes, product, scope, at_rest(tensors, want))
+    return Rings(tuple(tensors), out, want, sizes, runs, product, scope, at_rest(tensors, want))
