@@ -4,6 +4,7 @@ The hand-written side (``benchmarks/handwritten.py``) knows nothing of names; th
 one device without a region. What a step communicates is read from the compiled program.
 """
 
+import collections
 import dataclasses
 import functools
 import re
@@ -81,6 +82,8 @@ LAYOUTS = [
     ),
     ("a=2,b=2,c=2", "group:a, ff:(b,a), vocab:(a,b), batch:c", {"params": "embed:b", "gather": "step"}),
     ("x=8", "embed:x", {}),
+    ("model=4", f"{TENSOR}, residual_length:model", {"overlap": "model"}),
+    ("data=2,model=4", f"batch:data, {TENSOR}, residual_length:model", {"params": "embed:data", "overlap": "model"}),
 ]
 CONTEXT = [
     ("context=4", "length:context", {}),
@@ -203,6 +206,31 @@ def test_sequence_parallelism_has_no_all_reduce_of_activations() -> None:
     for shape in re.findall(r"= \(?(?:f32\[)([\d,]*)\]\S* all-reduce(?:-start)?\(", text):
         size = int(np.prod([int(s) for s in shape.split(",") if s]))
         assert size < activation // 4, f"an all-reduce of f32[{shape}] in a sequence-parallel layout"
+
+
+@pytest.mark.parametrize("remat", [None, "nothing"])
+def test_with_overlap_the_embedding_alone_gathers_and_scatters_activations(remat: str | None) -> None:
+    """Each other gather and scatter of the residual stream is n - 1 permutes of a slice: two and two in a layer, the
+    head's, and what is done again."""
+    layout = f"{TENSOR}, residual_length:model"
+    plain, rings = (
+        collections.Counter(
+            communicated(
+                jax.value_and_grad(Way("model=4", layout, options).region(_loss)),
+                _shapes(2, remat=remat),
+                *_batch(),
+            )
+        )
+        for options in ({}, {"overlap": "model"})
+    )
+    activation = 8 * 16 * CONFIG.embed
+    again = 0 if remat is None else 3  # its two gathers, and the scatter that the feed-forward layer needs
+    assert plain["all_gather", activation // 4] + plain["reduce_scatter", activation] == 2 * (1 + 2 + 2 + 1) + again
+    assert rings["collective_permute", activation // 4] == 3 * (2 * (2 + 2 + 1) + again)
+    assert rings["all_gather", activation // 4] == rings["reduce_scatter", activation] == 1
+    assert {what: n for what, n in plain.items() if what[0] == "all_reduce"} == {
+        what: n for what, n in rings.items() if what[0] == "all_reduce"
+    }
 
 
 def test_initial_values_are_bit_identical_under_a_layout() -> None:

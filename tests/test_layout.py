@@ -81,9 +81,19 @@ rules = st.dictionaries(names, axes, max_size=4)
 at_rest = st.one_of(st.none(), rules, axes)
 
 
-@given(rules, at_rest, at_rest, st.sampled_from(["use", "step"]), st.booleans(), st.sampled_from([None, "float32"]))
-def test_repr_is_the_layout(rules: Any, params: Any, optimizer: Any, gather: Any, strict: bool, sums: Any) -> None:
-    layout = Layout(rules, params=params, optimizer=optimizer, gather=gather, strict=strict, sums=sums)
+options = st.fixed_dictionaries(
+    {
+        "gather": st.sampled_from(["use", "step"]),
+        "strict": st.booleans(),
+        "sums": st.sampled_from([None, "float32"]),
+        "overlap": st.sampled_from([None, "x", ("y", "x")]),
+    }
+)
+
+
+@given(rules, at_rest, at_rest, options)
+def test_repr_is_the_layout(rules: Any, params: Any, optimizer: Any, options: Any) -> None:
+    layout = Layout(rules, params=params, optimizer=optimizer, **options)
     again = eval(repr(layout), {"Layout": Layout})
     assert again == layout and hash(again) == hash(layout) and repr(again) == repr(layout)
     assert layout.replace() == layout

@@ -6,7 +6,10 @@ before and scattered after. What goes round is counted by hand against the gathe
 
 import collections
 import functools
+import math
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +21,9 @@ import meshwright as mw
 
 from .laws import Way, agree, assert_same, outcome, tensor
 from .stablehlo import communicated, counted
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import handwritten_overlap
 
 BATCH, LENGTH, EMBED, FF = mw.dims(batch=4, residual_length=16, embed=8, ff=24)
 HEADS, GROUP, HEAD_DIM = mw.dims(heads=8, group=2, head_dim=4)
@@ -281,12 +287,44 @@ def test_slices_go_round_beside_products() -> None:
     assert hidden["model"] > hidden[None]
 
 
+# Beside an expert's
+
+
+def loss(x: Any, up: Any, down: Any) -> Any:
+    """The layer of ``benchmarks/handwritten_overlap.py``."""
+    wide = mw.silu(mw.dot(x.rename(residual_length="length"), up, "embed"))
+    return mw.mean((x + mw.dot(wide, down, "ff").rename(length="residual_length")) ** 2)
+
+
+@pytest.mark.parametrize(("mesh", "data"), [("model=2", None), ("model=8", None), ("data=2,model=4", "data")])
+def test_the_layer_written_by_hand_agrees(mesh: str, data: str | None) -> None:
+    way = Way(mesh, SEQUENCE + (f", batch:{data}" if data else ""), {"overlap": "model"})
+    given = MLP[0], WEIGHTS[0], WEIGHTS[2]
+    found = jax.jit(jax.value_and_grad(way.region(loss), (0, 1, 2)))(*given)
+    sizes = {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}
+    devices = np.array(jax.devices()[: math.prod(sizes.values())]).reshape(list(sizes.values()))
+    by_hand = handwritten_overlap.mapped_loss(jax.sharding.Mesh(devices, tuple(sizes)), "model", data)
+    expected = jax.jit(jax.value_and_grad(by_hand, (0, 1, 2)))(*(x.array for x in given))
+    assert_same(jax.tree.leaves(found), jax.tree.leaves(expected), str(way))
+
+
 # What is refused
 
 
 def test_an_axis_that_the_mesh_lacks() -> None:
     with pytest.raises(ValueError, match=r"overlap='modle' names the axis 'modle'.*lacks.*'model'"):
         mw.spmd(_mlp, mw.Mesh("model=2", jax.devices()[:2]), mw.Layout(SEQUENCE, overlap="modle"))
+
+
+def test_printing() -> None:
+    layout = mw.Layout("ff:model", overlap=("model", "pod"))
+    assert str(layout).splitlines() == [
+        'Layout("ff:model", overlap="(model,pod)")',
+        "  ff       over model",
+        "  params   split by their compute rules alone",
+        "  overlap  gathers and scatters over model x pod go on beside the products that they serve",
+    ]
+    assert layout.replace(overlap=None) == mw.Layout("ff:model") != layout
 
 
 def test_several_axes_without_parentheses() -> None:

@@ -184,9 +184,9 @@ LAYOUTS = [
     *test_decoder.CONTEXT,
 ]
 IDS = [f"{mesh} {rules} {options}" for mesh, rules, options in LAYOUTS]
-FEW = [LAYOUTS[i] for i in (2, 3, 7, 9, 12, 15, 18, 20)]
-"""At rest, gathered once a step, with tensor and sequence parallelism, two axes for one dim, ZeRO-1, a ring with FSDP,
-and heads split instead of the length."""
+FEW = [LAYOUTS[i] for i in (2, 3, 7, 9, 12, 15, 17, 20, 22)]
+"""At rest, gathered once a step, with tensor and sequence parallelism, two axes for one dim, products in rings, ZeRO-1,
+a ring with FSDP, and heads split instead of the length."""
 
 
 def _place(mesh: str, layout: str, options: Mapping[str, Any]) -> Place:

@@ -18,7 +18,7 @@ from ..scope import Axes
 from ..topology import Topology
 from .place import Where, find_devices
 
-OPTIONS = ("mesh", "dcn", "params", "optimizer", "gather", "sums", "partitioner")
+OPTIONS = ("mesh", "dcn", "params", "optimizer", "gather", "sums", "overlap", "partitioner")
 """What may be different about a side, besides its layout."""
 
 

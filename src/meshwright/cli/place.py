@@ -53,6 +53,8 @@ class Where:
     """The order of a pipeline's forward and backward passes."""
     virtual_stages: int = 1
     """How many separate runs of layers each device of a pipeline has."""
+    overlap: str | None = None
+    """The axes over which gathers and scatters go on beside the products that they serve: "model". None: none."""
     partitioner: Literal["names", "xla"] = "names"
     """Who makes the collectives: this package from the names, or XLA's partitioner."""
 
@@ -83,6 +85,7 @@ class Where:
             microbatches=self.microbatches,
             schedule=self.schedule,
             virtual_stages=self.virtual_stages,
+            overlap=self.overlap,
             strict=True,
         )
 
