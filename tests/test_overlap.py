@@ -157,6 +157,21 @@ def test_rings_inside_other_transformations() -> None:
     agree(_mapped, *MLP, over=[Way("data=2,model=2", f"batch:data, {SEQUENCE}", {"overlap": "model"})])
 
 
+def test_a_gradient_of_a_gradient() -> None:
+    """Forward over reverse, and reverse over reverse, as without rings."""
+    x, tangent = MLP[0], tensor(*MLP[0].dims, seed=9)
+
+    def products(region: Any) -> Any:
+        loss = region(lambda x, *weights: mw.sum(mw.sin(_mlp(x, *weights))))
+        gradient = jax.grad(lambda x: loss(x, *WEIGHTS))
+        along = jax.jit(lambda x: jax.jvp(gradient, (x,), (tangent,))[1])
+        twice = jax.jit(jax.grad(lambda x: mw.sum(gradient(x) * tangent)))
+        return along(x), twice(x)
+
+    way = _everywhere("ff")[4]
+    assert_same(products(way.region), products(lambda f: f), str(way))
+
+
 def test_rings_in_a_scan_over_layers() -> None:
     layers = mw.Dim("layers", 3)
     weights = [_weights(layers, *w.dims, seed=i) * 0.3 for i, w in enumerate(WEIGHTS)]
@@ -339,5 +354,14 @@ def test_an_axis_over_which_nothing_overlaps() -> None:
     strict = Way("model=2", "ff:model", {"overlap": "model", "strict": True})
     with pytest.raises(ValueError, match="overlap= over the axis 'model' was not used"):
         jax.eval_shape(strict.region(_mlp), *MLP)
+    stages = Way("pipe=2,model=2", f"layers:pipe, {SEQUENCE}", {"overlap": "model", "microbatches": 2})
+    weights = [_weights(mw.Dim("layers", 2), *w.dims, seed=i) for i, w in enumerate(WEIGHTS)]
+
+    def staged(*given: Any) -> Any:
+        return mw.mean(_each_in_a_scan(*given) ** 2)
+
+    with pytest.warns(UserWarning, match="between the stages of a pipeline nothing goes in a ring"):
+        found = outcome(staged, [MLP[0], *weights], stages)
+    assert_same(found, outcome(staged, [MLP[0], *weights], None), str(stages))
     alone = Way("model=1", SEQUENCE, {"overlap": "model", "strict": True})
     jax.eval_shape(alone.region(_mlp), *MLP)

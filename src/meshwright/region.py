@@ -302,7 +302,7 @@ class Region:
         lines = [
             f"the rule for {n!r} was not used: the region met no dim of that name.{nearest(n, met)}" for n in unmet
         ]
-        lines += [_alone_text(axis) for axis in alone]
+        lines += [_alone_text(axis, self.stages is not None) for axis in alone]
         message = "layout " + repr(self.layout.text) + ": " + "\n  ".join(lines)
         if self.layout.strict:
             raise fail(message)
@@ -321,7 +321,9 @@ def _check_output(x: Any) -> None:
         )
 
 
-def _alone_text(axis: str) -> str:
+def _alone_text(axis: str, staged: bool) -> str:
+    if staged:
+        return f"overlap= over the axis {axis!r} was not used: between the stages of a pipeline nothing goes in a ring."
     return (
         f"overlap= over the axis {axis!r} was not used: the region met no product whose operand is gathered, or whose "
         f"sum is scattered, over it. Sequence parallelism has both: residual_length:{axis} beside ff:{axis}."

@@ -278,7 +278,8 @@ def in_rings(
     product: Callable[[dict[str, int]], Product],
 ) -> Rings | None:
     """The rings that a contraction may be taken in; None where the layout overlaps nothing, or it is not of two tensors
-    of floating point. (Not between the stages of a pipeline, where devices outside the ring do not take part.)"""
+    of floating point. Nor between the stages of a pipeline: a permute waits for every device of the mesh, and those at
+    another stage do not come."""
     scope = current_manual()
     if scope is None or not want.intersection(scope.overlap) or len(tensors) != 2 or current_stages() is not None:
         return None
