@@ -41,6 +41,7 @@ def _everywhere(split: str) -> list[Way]:
         Way("data=2,model=4", f"batch:data, {rules}", {"params": "embed:data", **one}),
         Way("data=2,model=4", f"batch:data, {rules}", {"params": "data", "gather": "step", **one}),
         Way("model=2,data=2", f"batch:data, {rules}", {"optimizer": "data", **one}),
+        Way("context=2,model=2", f"length:context, residual_length:(context,model), {split}:model", one),
         Way("pod=2,model=4", rules.replace(":model", ":(pod,model)"), two),
         Way("pod=2,model=2", rules.replace(":model", ":(model,pod)"), two),
     ]
