@@ -247,7 +247,7 @@ class Rings:
 
     def _job(self, k: int, name: str, axes: Axes, dims: Dims) -> Job:
         self.scope.overlapped.update(axes)
-        ring = Ring(axes, self.scope.size(axes), dims, self.scope.sums)
+        ring = Ring(axes, self.scope.size(axes), dims, self.scope.sums.dtype)
         part = self.product({**self.sizes, name: self.sizes[name] // ring.num})
         both = [product if k == 0 else _swapped(product) for product in (part, self.product(self.sizes))]
         names, ready = self.tensors[k].names, (self._ready(k), self._ready(1 - k))
