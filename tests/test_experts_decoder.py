@@ -110,7 +110,9 @@ def test_the_objective_is_the_loss_and_what_evens_the_load() -> None:
     whole, (alone, load) = jax.jit(objective)(model, batch)
     _, told = model.with_metrics(batch.ids)
     assert told is not None
-    extra = 0.01 * told.balance_loss.array.mean() + 0.001 * told.z_loss.array.mean()
+    balance, z = told.balance_loss, told.z_loss
+    assert isinstance(balance, mw.Tensor) and isinstance(z, mw.Tensor)
+    extra = 0.01 * balance.array.mean() + 0.001 * z.array.mean()
     np.testing.assert_allclose(alone, loss(model, batch), rtol=1e-6)
     np.testing.assert_allclose(whole - alone, extra, rtol=1e-3)
     np.testing.assert_allclose(load.array, told.load.array.mean(1), rtol=1e-5)

@@ -160,8 +160,8 @@ def test_sums_of_gradients_over_the_slow_network_are_no_fault() -> None:
     args = shapes("batch=64 length=128 embed=512"), up, down
     for dcn in ("pod", ""):
         mesh = mw.Mesh("pod=2, data=8", topology="gpu:h100:16", dcn=dcn)
-        for options in ({}, {"params": "embed:data"}):
-            layout = mw.Layout("batch:(pod,data)", **options)
+        for params in ("", "embed:data"):
+            layout = mw.Layout("batch:(pod,data)", params=params)
             plan = gradients(lambda x, *w: mw.mean(layers(x, *w) ** 2), args, mesh, layout)
             assert any("pod" in row.axes and row.times == 4 for row in plan.collectives)
             absent("slow_network", plan)

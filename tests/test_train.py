@@ -17,6 +17,7 @@ from rich.console import Console
 
 import meshwright as mw
 from meshwright.models import Decoder, DecoderConfig
+from meshwright.nn import GatedMLP
 from meshwright.train import (
     Amount,
     Batch,
@@ -417,7 +418,9 @@ def test_first_parameters_do_not_depend_on_the_layout() -> None:
 
 def test_state_at_rest_is_split() -> None:
     shapes = Program(RECIPE, PLACES["ZeRO-1"]).shapes()
-    weight, moment = shapes.model.blocks.mlp.up.weight, shapes.optimizer[1][0].mu.blocks.mlp.up.weight
+    mlp = shapes.model.blocks.mlp
+    assert isinstance(mlp, GatedMLP)
+    weight, moment = mlp.up.weight, shapes.optimizer[1][0].mu.blocks.mlp.up.weight
     assert weight.array.sharding.shard_shape(weight.shape) == weight.shape
     assert moment.array.sharding.shard_shape(moment.shape) == (2, 32, 8)
 
@@ -480,7 +483,9 @@ def test_a_checkpoint_goes_on_under_another_layout(tmp_path: Path) -> None:
         state = checkpoints.state(other.shapes())
         model = checkpoints.model(Program(RECIPE, ONE).shapes().model)
     assert_same(mw.unshard(model), mw.unshard(state.model), "the model alone")
-    assert state.model.blocks.mlp.up.weight.array.sharding.shard_shape((2, 32, 64)) == (2, 16, 32)
+    mlp = state.model.blocks.mlp
+    assert isinstance(mlp, GatedMLP)
+    assert mlp.up.weight.array.sharding.shard_shape((2, 32, 64)) == (2, 16, 32)
     rest = Trainer(other, data(), state, 2, report, Intervals())
     rest.train()
     assert rest.done == 4

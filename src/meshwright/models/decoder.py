@@ -21,6 +21,7 @@ A name that says where is split as the plain one unless the layout speaks of it 
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
@@ -178,8 +179,8 @@ def _blank(config: DecoderConfig, ids: Tensor) -> ExpertMetrics | None:
     return ExpertMetrics(zeros((*each, Dim("routes", config.experts.num_experts))), *(zeros(each) for _ in range(3)))
 
 
-def _noted(told: ExpertMetrics, metrics: ExpertMetrics, here: Tensor) -> ExpertMetrics:
-    """``told`` with what one layer tells, at its place, (depth)."""
+def _noted(told: ExpertMetrics, metrics: Iterable[Tensor], here: Tensor) -> ExpertMetrics:
+    """``told`` with what one layer tells of a batch, at its place, (depth)."""
     noted = (einsum(here, new, out=("depth", *new.names)) for new in metrics)
     return ExpertMetrics(*(add(old, new) for old, new in zip(told, noted, strict=True)))
 

@@ -21,9 +21,10 @@ or to be scattered, which must stand in no other operand.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ class Ring:
     def passing(self, x: Array) -> Iterator[tuple[Array, Array]]:
         """Every device's ``x``, the nearest first, each with the place of its device."""
         yield self.at(0), x
-        going = dict.fromkeys((1, -1), x)
+        going: dict[int, Array] = dict.fromkeys((1, -1), x)
         for hop in range(1, self.num // 2 + 1):
             for direction, hops in self.walks():
                 if hop <= hops:
@@ -87,7 +88,7 @@ class Ring:
                     so_far = going.get(direction)
                     going[direction] = self.send(more if so_far is None else so_far + more, direction)
         own = addend(self.at(0))
-        return sum(going.values(), self._wide(own)).astype(own.dtype)
+        return functools.reduce(operator.add, going.values(), self._wide(own)).astype(own.dtype)
 
     def _wide(self, x: Array) -> Array:
         return x if self.sums is None or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(self.sums)
@@ -223,7 +224,8 @@ class Rings:
             # What varies over more axes only in this product is gathered as it is, for products that it does not.
             if self._overlaps(axes) and self.want <= collectives.varies_over(piece) and self._free(x.names[i]) == k:
                 job = self._job(k, x.names[i], axes, x.dims)
-                result, merged = gather_multiply(job, piece, self._kept(1 - k))
+                made = gather_multiply(job, piece, self._kept(1 - k))
+                result, merged = cast(tuple[Array, Array], made)
                 x.gather_made(self.want, lax.reshape(merged, job.shape), job.runs, merged)
                 return result
         return None
@@ -249,11 +251,11 @@ class Rings:
         self.scope.overlapped.update(axes)
         ring = Ring(axes, self.scope.size(axes), dims, self.scope.sums.dtype)
         part = self.product({**self.sizes, name: self.sizes[name] // ring.num})
-        both = [product if k == 0 else _swapped(product) for product in (part, self.product(self.sizes))]
+        part, whole = (p if k == 0 else _swapped(p) for p in (part, self.product(self.sizes)))
         names, ready = self.tensors[k].names, (self._ready(k), self._ready(1 - k))
         shape = tuple(self.sizes[n] for n in names)
         dims_cut = names.index(name), names_of(self.out).index(name)
-        return Job(ring, *dims_cut, self.runs[k], shape, *both, ready)
+        return Job(ring, *dims_cut, self.runs[k], shape, part, whole, ready)
 
     def _kept(self, k: int) -> Array:
         """What is kept of an operand for the backward pass."""

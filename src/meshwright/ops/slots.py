@@ -29,6 +29,7 @@ from jax import lax
 from .. import collectives
 from ..dims import Dim, Dims, find, names_of, without
 from ..scope import Axes, Split
+from ..summing import PLAIN
 from ..tensor import Tensor, make
 from .ids import Meeting, all_axes, from_first_held
 from .lowering import align, local_sizes, run, wanted
@@ -88,7 +89,8 @@ def from_slots(x: Tensor, source: Tensor, weights: Tensor, over: Dim) -> Tensor:
     blank = collectives.vary(jnp.zeros(shape, x.dtype), want)
     result = meeting.write(lax.scatter_add, blank, ids, updates)
     if how.joined:
-        result = collectives.sum_scatter(result, how.joined, out.index(over), x.scope.sums if x.scope else None)
+        sums = x.scope.sums if x.scope is not None else PLAIN
+        result = collectives.sum_scatter(result, how.joined, out.index(over), sums)
     return make(result, out, asked=ASKED, partial=how.pending + how.shares)  # type: ignore[no-any-return]
 
 

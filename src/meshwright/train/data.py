@@ -91,15 +91,19 @@ class Source(Protocol):
     @property
     def num_tokens(self) -> int:
         """How many tokens there are to train on."""
+        ...
 
     def num_batches(self, batch: int) -> int:
         """How many batches an epoch has, the last of which may not be full."""
+        ...
 
     def arrays(self, step: int, batch: int, seed: int | None) -> tuple[np.ndarray, ...]:
         """The batch of a step as the fields of a ``Batch``; without a seed in the order of the stream."""
+        ...
 
     def amount(self, step: int, batch: int, seed: int | None) -> Amount:
         """How much the batch of a step holds."""
+        ...
 
 
 def stream(documents: Iterable[np.ndarray], end: int) -> tuple[np.ndarray, np.ndarray]:
