@@ -15,8 +15,8 @@ from .program import Argument, Block, Choice, Loop, Op, Program, Value, reads_of
 
 _MOVES = frozenset({
     "all_gather", "all_gather_invariant", "all_gather_reduced", "broadcast_in_dim", "concatenate",
-    "convert_element_type", "copy", "copy_p", "dynamic_slice", "expand_dims", "name", "optimization_barrier", "pcast",
-    "pvary", "reduce_precision", "reshape", "rev", "sharding_constraint", "slice", "squeeze", "transpose",
+    "convert_element_type", "copy", "copy_p", "dynamic_slice", "expand_dims", "name", "pcast", "pvary",
+    "reduce_precision", "reshape", "rev", "sharding_constraint", "slice", "squeeze", "transpose",
 })  # fmt: skip
 """Operations whose result is what they are given, elsewhere, in another form or in part."""
 _COMPARISONS = frozenset({"ge", "gt", "le", "lt"})
@@ -59,7 +59,7 @@ class Lineage:
                     self._walk(branch)
 
     def _pass(self, given: tuple[Value | None, ...], taken: tuple[Value, ...]) -> None:
-        """A loop's body knows what the loop is given."""
+        """A loop's body knows what the loop is given, and what a barrier gives is what it was given."""
         for outer, inner in zip(given, taken, strict=False):
             if outer is not None and id(outer) in self.parameters:
                 self.parameters[id(inner)] = self.parameters[id(outer)]
@@ -67,6 +67,9 @@ class Lineage:
                 self.positions.add(id(inner))
 
     def _op(self, op: Op) -> None:
+        if op.name == "optimization_barrier":  # several values, each of which stays what it is
+            self._pass(op.ins, op.outs)
+            return
         known = [v for v in op.ins if v is not None]
         if op.name in _MOVES and known and (argument := self.parameter(known[0])) is not None:
             self.parameters.update((id(v), argument) for v in op.outs)
