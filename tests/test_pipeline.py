@@ -204,3 +204,21 @@ def test_the_axis_of_a_pipeline_does_nothing_else() -> None:
     with pytest.raises(ValueError, match="the rule for 'params'"):
         Way("pipe=2", "layers:pipe", {"microbatches": 4, "params": "pipe"}).region(loss)
     assert np.isfinite(Way("pipe=2", "layers:pipe", {}).region(loss)((IN, OUT, SCALE, HEAD), X, PLACES))
+
+
+# Neighbours within a stage
+
+
+@pytest.mark.parametrize("options", [{"microbatches": 4}, GPIPE, {"microbatches": 2, "virtual_stages": 2}])
+def test_neighbours_within_a_stage_exchange_while_other_stages_do_not(options: Any) -> None:
+    def program(inner: Tensor, outer: Tensor, x: Tensor) -> Any:
+        def layer(h: Tensor, w: Any) -> Tensor:
+            near = mw.shift(h, "length", 1) + mw.roll(h, length=-1)
+            heads = h.broadcast(mw.Dim("heads", 1)).rename(embed="head_dim")
+            seen = mw.attention(heads, heads, heads, causal=True).rename(head_dim="embed").sum("heads")
+            return h + mw.dot(mw.tanh(mw.dot(near + seen, w[0], "embed")), w[1], "ff")
+
+        return mw.mean(mw.fold(layer, x, (inner, outer), over="layers") ** 2)
+
+    over = [Way("pipe=2,context=2", "layers:pipe, length:context", options)]
+    agree(program, IN, OUT, X, over=[*over, Way("pipe=2,context=4", "layers:pipe, length:context", options)])

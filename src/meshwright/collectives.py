@@ -65,6 +65,9 @@ class Turn:
     """Whether sums over microbatches are taken for nought: what is left of a result does not depend on the batch."""
     apart: Axes = ()
     """The axes along which devices are at different stages of a pipeline, and cannot work together."""
+    in_step: bool = False
+    """Whether the devices' runtime lets no permute begin before every device is there, as XLA's for CPUs does: devices
+    at other stages never come, so a permute among those of one stage is a gather there."""
 
 
 _turn = jax.make_user_context(None)
@@ -307,11 +310,23 @@ def exchange(x: Array, axes: Axes, split_dim: int, join_dim: int) -> Array:
 def permute(x: Array, axes: Axes, pairs: Sequence[tuple[int, int]]) -> Array:
     """Send ``x`` from device to device, by pairs (from, to) along ``axes``; a device nobody sends to gets zeros."""
     x = vary(x, frozenset(at_once(axes, "an exchange between neighbours")))
+    if _turn.value is not None and _turn.value.apart and _turn.value.in_step:
+        return _taken_of_all(x, axes, pairs)
     ordered = _ordered(axes)
     if ordered != axes:
         place = _places(axes, ordered)
         pairs = [(place[source], place[target]) for source, target in pairs]
     return lax.ppermute(x, ordered, pairs)
+
+
+def _taken_of_all(x: Array, axes: Axes, pairs: Sequence[tuple[int, int]]) -> Array:
+    """A permute as a gather, of which each device takes what was sent to it."""
+    sources = np.full(math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes), -1, np.int32)
+    for source, target in pairs:
+        sources[target] = source
+    mine = jnp.asarray(sources)[index(axes)]
+    found = lax.dynamic_index_in_dim(lax.all_gather(x, axes), jnp.maximum(mine, 0), keepdims=False)
+    return jnp.where(mine >= 0, found, jnp.zeros_like(found))
 
 
 def _places(axes: Axes, ordered: Axes) -> list[int]:

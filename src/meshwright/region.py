@@ -207,7 +207,8 @@ class Region:
             return None, places
         num_devices = self.scope.size(self.stages.axes) if self.stages is not None else 1
         num = self.layout.microbatches[1]
-        return Microbatches(num, self.layout.schedule, self.stages, num_devices, self.scope.summing), places
+        how = self.layout.schedule, self.stages, num_devices, self.scope.summing, _in_step(self.scope.mesh)
+        return Microbatches(num, *how), places
 
     def _spec(self, these: Dims, rest: Split) -> PartitionSpec:
         compute = self.scope.split(these, "spmd")
@@ -328,6 +329,11 @@ def _alone_text(axis: str, staged: bool) -> str:
         f"overlap= over the axis {axis!r} was not used: the region met no product whose operand is gathered, or whose "
         f"sum is scattered, over it. Sequence parallelism has both: residual_length:{axis} beside ff:{axis}."
     )
+
+
+def _in_step(mesh: Any) -> bool:
+    """Whether the runtime of a mesh's devices lets no permute begin before every device is there."""
+    return not isinstance(mesh, AbstractMesh) and mesh.devices.flat[0].platform == "cpu"
 
 
 def _output_text(outlets: list[Any], k: int) -> str:

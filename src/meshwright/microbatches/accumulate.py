@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import collectives
-from .results import Arrays, Results
+from .results import Arrays, Results, Within
 
 Function = Callable[[Arrays, Any], Arrays]
 """The results of a microbatch: of the region's arguments, and its number."""
@@ -21,8 +21,8 @@ Function = Callable[[Arrays, Any], Arrays]
 class Accumulated:
     """A program that takes microbatches in turn."""
 
-    def __init__(self, function: Function, results: Results) -> None:
-        self.function, self.results = function, results
+    def __init__(self, function: Function, results: Results, within: Within) -> None:
+        self.function, self.results, self.within = function, results, within
 
     def values(self, arrays: Arrays) -> Arrays:
         """The results on the whole batch."""
@@ -46,7 +46,8 @@ class Accumulated:
 
         def turn(room: tuple[Arrays, Arrays], i: Any) -> tuple[tuple[Arrays, Arrays], None]:
             results, gradients = room
-            (_, found), new = jax.value_and_grad(of_wanted, has_aux=True)([arrays[k] for k in wanted], i)
+            with self.within(i):
+                (_, found), new = jax.value_and_grad(of_wanted, has_aux=True)([arrays[k] for k in wanted], i)
             added = [g + n for g, n in zip(gradients, new, strict=True)]
             return (self.results.add(results, found, i), added), None
 

@@ -28,7 +28,7 @@ from ..scope import Stages
 from .cut import Cut
 from .deal import dealt, returned
 from .order import BACKWARD, FORWARD, Form, Order, Pass, ordered, slots
-from .results import Arrays, Results, counted_once, zeros
+from .results import Arrays, Results, Within, counted_once, zeros
 
 AGAIN = "mw.again"
 """The name, in a trace, of a stage's pass forward that its pass backward does again."""
@@ -38,8 +38,10 @@ class Pipelined:
     """A program that takes microbatches through the stages of a pipeline."""
 
     def __init__(
-        self, parts: Cut, same: Callable[..., Arrays] | None, results: Results, schedule: str, stages: Stages, num: int
-    ) -> None:
+        self, parts: Cut, same: Callable[..., Arrays] | None, results: Results, schedule: str, stages: Stages, num: int,
+        within: Within,
+    ) -> None:  # fmt: skip
+        self.within = within
         self.parts, self.results, self.schedule, self.stages, self.num_devices = parts, results, schedule, stages, num
         alone = None if same is None else (lambda arrays, i, _: same(arrays, i))
         self.finish = counted_once(parts.after, alone, results)
@@ -271,10 +273,11 @@ class _Tick:
 
         def branch(before: _State, at: _Place) -> tuple[_State, Arrays, Arrays]:
             state, onward, back = before, [zeros(a) for a in work.travelling], [zeros(a) for a in work.floating]
-            if kind == FORWARD:
-                state, onward = work.forward(state, at, first, last)
-            elif kind == BACKWARD:
-                state, back = work.back(state, at, first, last)
+            with work.whole.within(at.microbatch):
+                if kind == FORWARD:
+                    state, onward = work.forward(state, at, first, last)
+                elif kind == BACKWARD:
+                    state, back = work.back(state, at, first, last)
             return jax.tree.map(_typed_as, state, before), _typed(onward, work.travelling), _typed(back, work.floating)
 
         return branch

@@ -1,6 +1,7 @@
 """Results: how those of the microbatches become that of the batch."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from .. import collectives
 from .sums import PART, SAME, SHIFTED, SUM
 
 Arrays = list[Any]
+Within = Callable[[Any], AbstractContextManager[None]]
+"""Of a microbatch's number: the context in which it is worked on."""
 
 
 def zeros(aval: Any) -> Any:

@@ -9,7 +9,8 @@ add up. The trace says what the results are (``sums.py``). Then it is run in tur
 ``jax.grad`` makes of the region outside is a scale on what was computed here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..summing import Summing
 from .accumulate import Accumulated, Function
 from .cut import cut, has_stages
 from .pipeline import Pipelined
-from .results import Arrays, Results, counted_once
+from .results import Arrays, Results, Within, counted_once
 from .sums import PART, SAME, SHIFTED, kinds, waits_over
 
 
@@ -42,6 +43,8 @@ class Microbatches:
     """Along the pipeline; 1 without one."""
     sums: Summing
     """How sums across devices are taken."""
+    in_step: bool
+    """Whether a permute waits for every device (``collectives.Turn``)."""
 
     def run(
         self,
@@ -58,7 +61,7 @@ class Microbatches:
             places: for each the position of the dim that microbatches divide, None where it has none.
             names: what an error calls a result, by its number.
         """
-        once = _Once(function, places, self.num)
+        once = _Once(function, places, self.num, self.in_step)
         arrays, stages = list(arrays), self.stages
         first = once.traced(arrays, stages)
         if stages is not None and not has_stages(first.jaxpr):
@@ -97,17 +100,29 @@ class Microbatches:
         avals = [v.aval for v in trace.jaxpr.outvars]
         results = Results(avals, results.kinds, results.places, results.num)
         if stages is None:
-            return Accumulated(counted_once(once.function_of(trace), same, results), results)
-        return Pipelined(cut(trace), same, results, self.schedule, stages, self.num_devices)
+            return Accumulated(counted_once(once.function_of(trace), same, results), results, once.within(None))
+        return Pipelined(cut(trace), same, results, self.schedule, stages, self.num_devices, once.within(stages))
 
 
 class _Once:
     """A function on one microbatch."""
 
-    def __init__(self, function: Callable[..., Any], places: Sequence[int | None], num: int) -> None:
-        self.function, self.places, self.num = function, places, num
+    def __init__(self, function: Callable[..., Any], places: Sequence[int | None], num: int, in_step: bool) -> None:
+        self.function, self.places, self.num, self.in_step = function, places, num, in_step
         self.out_places: list[int | None] = []
         self.split_apart: list[bool] = []
+
+    def within(self, stages: Stages | None, without_sums: bool = False) -> Within:
+        """What gives, for a microbatch's number, the context in which it is worked on: rules of gradients, which JAX
+        calls late, need it too."""
+        apart = stages.axes if stages is not None else ()
+
+        @contextmanager
+        def on(i: Any) -> Iterator[None]:
+            with taking(Turn(i, self.num, without_sums, apart, self.in_step)), staging(stages):
+                yield
+
+        return on
 
     def traced(self, arrays: Arrays, stages: Stages | None, without_sums: bool = False) -> Any:
         """Its trace: a function of the whole batch's arrays and the microbatch's number."""
@@ -116,7 +131,7 @@ class _Once:
 
         def run(arrays: Arrays, i: Any) -> Arrays:
             slices = [self._slice(x, at, i) for x, at in zip(arrays, self.places, strict=True)]
-            with taking(Turn(i, self.num, without_sums, apart)), staging(stages):
+            with self.within(stages, without_sums)(i):
                 results, splits = self.function(slices)
             self.out_places = [next((k for k, axes in enumerate(s) if TIME in axes), None) for s in splits]
             self.split_apart = [any(set(axes).intersection(apart) for axes in s) for s in splits]
