@@ -214,8 +214,8 @@ def _scattered(x: Array, axes: Axes, dim: int, sums: Summing) -> Array:
 
 
 def _runs(axes: Axes, num_bytes: int, sums: Summing) -> list[Axes]:
-    """The slow and the fast ones among ``axes``, in their order, where each kind stands together and the fast ones are
-    to work first; else nothing."""
+    """The two parts of ``axes``, the slow ones and the fast ones in the order they have there, when a collective over
+    them is taken in steps and each kind stands together; else nothing."""
     runs = [sums.crossing(axes), sums.fast(axes)]
     fitting = [two for two in (runs, runs[::-1]) if two[0] + two[1] == axes]
     return fitting[0] if fitting and sums.in_steps(axes, num_bytes) else []
