@@ -185,8 +185,8 @@ def make_reaches(
         if count < 1:
             raise fail(f"{asked}: the window along {name!r} has size {count}; it must be at least 1.")
     ones = dict.fromkeys(taps, 1)
-    by_stride = _by_name(strides, step or ones, "stride", asked)
-    by_dilation = _by_name(dilation, ones, "dilation", asked)
+    by_stride = by_name(strides, step or ones, "stride", asked)
+    by_dilation = by_name(dilation, ones, "dilation", asked)
     if isinstance(padding, Mapping):
         _check_known(padding, taps, "padding", asked)
         if missing := [n for n in taps if n not in padding]:
@@ -210,7 +210,13 @@ def resized_dims(these: Dims, reaches: Sequence[Reach]) -> Dims:
     return tuple(Dim(d.name, sizes.get(d.name, d.size)) for d in these)
 
 
-def _by_name(given: ByName, default: Mapping[str, int], what: str, asked: str) -> dict[str, int]:
+def by_name(given: ByName, default: Mapping[str, int], what: str, asked: str) -> dict[str, int]:
+    """A number for each dim of ``default``, which has those of the dims that a mapping leaves out.
+
+    Raises:
+        ValueError: a mapping has another name, or a number is not positive.
+        TypeError: a number is not a static int.
+    """
     if isinstance(given, Mapping):
         _check_known(given, default, what, asked)
         found = {n: whole(given.get(n, default[n]), f"the {what} of {n!r}", asked) for n in default}
