@@ -37,10 +37,10 @@ class Twice(eqx.Module):
     second: Conv
     second_norm: GroupNorm
 
-    def __init__(self, before: int, after: int, key: jax.Array) -> None:
+    def __init__(self, before: mw.Dim, after: int, key: jax.Array) -> None:
         one, two = jax.random.split(key)
         hidden, channels = mw.dims(hidden=after, channels=after)
-        self.first = Conv(OVER, mw.Dim("channels", before), hidden, key=one, scale=2)
+        self.first = Conv(OVER, before, hidden, key=one, scale=2)
         self.first_norm = GroupNorm(hidden, NUM_GROUPS, OVER)
         self.second = Conv(OVER, hidden, channels, key=two, scale=2)
         self.second_norm = GroupNorm(channels, NUM_GROUPS, OVER)
@@ -62,17 +62,19 @@ class UNet(eqx.Module):
     def __init__(self, widths: tuple[int, ...], num_classes: int, key: jax.Array) -> None:
         *sizes, last, bottom = jax.random.split(key, len(widths) + 1)
         self.down, self.longer, self.up = [], [], []
-        for key, before, width, below in zip(sizes, (1, *widths), widths, widths[1:], strict=False):
+        before = mw.Dim("colors", 1)
+        for key, width, below in zip(sizes, widths, widths[1:], strict=False):
             one, two, three = jax.random.split(key, 3)
             self.down.append(Twice(before, width, one))
             self.longer.append(ConvTranspose(OVER, mw.Dim("channels", below), mw.Dim("channels_out", width), key=two))
-            self.up.append(Twice(2 * width, width, three))
-        self.bottom = Twice(widths[-2], widths[-1], bottom)
+            self.up.append(Twice(mw.Dim("channels", 2 * width), width, three))
+            before = mw.Dim("channels", width)
+        self.bottom = Twice(before, widths[-1], bottom)
         classes = mw.Dim("classes", num_classes)
         self.last = Conv(OVER, mw.Dim("channels", widths[0]), classes, size=1, key=last, bias=True)
 
     def __call__(self, volumes: mw.Tensor) -> mw.Tensor:
-        """Volumes (batch, depth, rows, columns, channels) to logits (batch, depth, rows, columns, classes)."""
+        """Volumes (batch, depth, rows, columns, colors) to logits (batch, depth, rows, columns, classes)."""
         x, skipped = volumes, []
         for twice in self.down:
             x = twice(x)
@@ -100,7 +102,7 @@ def balls(batch: int, size: int, rng: np.random.Generator) -> tuple[mw.Tensor, m
             volume[inside] += rng.choice([-1, 1])
             label[inside] = 1
     dims = "batch depth rows columns"
-    return mw.Tensor(volumes[..., None].astype(np.float32), f"{dims} channels"), mw.Tensor(labels, dims)
+    return mw.Tensor(volumes[..., None].astype(np.float32), f"{dims} colors"), mw.Tensor(labels, dims)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,16 +93,17 @@ class _Share:
 
 @functools.lru_cache(maxsize=1024)
 def _share(reach: Reach, num: int) -> _Share:
-    """The stretches begin at whole inputs. With spread inputs, a device's first output may begin between two: as far
-    as that is alike on all devices the padding says it, otherwise some outputs more are made and skipped."""
+    """A stretch begins at the first input that its outputs look at. With spread inputs, the positions looked at may begin
+    between two, ``lead`` before that input: as far as that is alike on all devices the padding says it, otherwise some
+    outputs more are made and skipped."""
     block, spread = reach.num_outputs // num, reach.spread
     length = (block - 1) * reach.stride + reach.span
     firsts = [k * block * reach.stride - reach.before for k in range(num)]
-    starts, skips = tuple(p // spread for p in firsts), tuple(p % spread for p in firsts)
+    starts, leads = tuple(-(-p // spread) for p in firsts), [-p % spread for p in firsts]
     count = max((p + length - 1) // spread - start + 1 for p, start in zip(firsts, starts, strict=True))
-    alike = len(set(skips)) == 1
-    after = max(skips) + length - (count - 1) * spread - 1
-    return _Share(starts, count, (-skips[0] if alike else 0, after), () if alike else skips)
+    most, least = max(leads), min(leads)
+    after = length - least - (count - 1) * spread - 1
+    return _Share(starts, count, (most, after), tuple(most - lead for lead in leads) if most > least else ())
 
 
 @dataclass(frozen=True)
