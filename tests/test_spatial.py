@@ -22,10 +22,12 @@ from meshwright import Tensor
 from meshwright.nn import Conv, ConvTranspose, GroupNorm
 from meshwright.plan.hlo import compiled_collectives
 
-from .laws import Way, agree, tensor, ways
+from .laws import Way, agree, assert_same, tensor, ways
 from .test_cli import run
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import handwritten_spatial
 import resnet
 import unet
 
@@ -241,6 +243,22 @@ def test_a_convs_halos_are_what_a_hand_counts() -> None:
     assert planned_rows(back, x, w) == compiled_rows(back, sizes, x, w) == expected
 
 
+@pytest.mark.parametrize(
+    ("taps", "dilation", "stride"),
+    [(3, 1, 1), (4, 1, 1), (3, 4, 1), (3, 1, 2), (5, 2, 4), (2, 1, 2), (1, 1, 2), (7, 3, 1)],
+)
+def test_halos_are_the_span_less_the_stride(taps: int, dilation: int, stride: int) -> None:
+    """What docs/spatial.md says, at 8 of 32 rows a device: the last one's halos come from several devices."""
+    x = tensor(*mw.dims(batch=2, rows=32, columns=4, channels=3))
+    w = tensor(*mw.dims(kernel_rows=taps, channels=3, features=4), seed=1)
+    how = {"dilation": dilation, "strides": stride}
+    region = Way("x=4", "rows:x").region(lambda x, w: mw.conv(x, w, "rows", inputs="channels", **how))
+    rows = mw.plan(region, x, w).collectives
+    halo = max((taps - 1) * dilation + 1 - stride, 0)
+    assert sum(row.payload_bytes for row in rows) == halo * 2 * 4 * 3 * 4
+    assert {row.kind for row in rows} <= {"permute"}
+
+
 def test_halos_of_a_dim_over_two_axes_and_wider_than_a_slice() -> None:
     """16 rows over 2 x 4 devices are 2 each; a kernel of 3 at dilation 3 looks 3 rows up and down: the nearest
     neighbour's two, and one of the next."""
@@ -300,6 +318,39 @@ def test_networks_gather_nothing_when_space_is_split(name: str) -> None:
     assert {kind for kind, _, _ in found} == {"permute", "all_reduce"}
     largest = max(x.array.size for x in inputs[2:]) * 4
     assert max(num_bytes for kind, _, num_bytes in found if kind == "all_reduce") <= largest
+
+
+@pytest.mark.parametrize(
+    ("mesh", "layout", "plan"),
+    [
+        ("x=8", "rows:x", handwritten_spatial.Plan(rows="x")),
+        ("x=2,y=4", "rows:x, columns:y", handwritten_spatial.Plan(rows="x", columns="y")),
+        ("data=2,x=2,y=2", "batch:data, rows:x, columns:y", handwritten_spatial.Plan("data", "x", "y")),
+    ],
+)
+def test_a_residual_block_is_what_an_expert_writes(mesh: str, layout: str, plan: handwritten_spatial.Plan) -> None:
+    """The same loss and gradients, and the same collectives, as ``jax.shard_map`` with halos by hand."""
+    module = resnet.Block(8, 8, 1, KEY)
+    x = tensor(*mw.dims(batch=2, rows=16, columns=16, channels=8))
+    ours = jax.value_and_grad(Way(mesh, layout).region(lambda block, x: mw.mean(block(x) ** 2)))
+    by_hand = handwritten_spatial.mapped_loss(mw.Mesh(mesh).jax_mesh, plan, resnet.NUM_GROUPS)
+    sizes = {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}
+    positional = handwritten_spatial.from_block(module), x.array
+    with jax.numpy_rank_promotion("allow"):
+        expected = jax.jit(jax.value_and_grad(by_hand))(*positional)
+        wanted = compiled_rows(jax.value_and_grad(by_hand), sizes, *positional)
+    value, gradient = jax.jit(ours)(module, x)
+    assert_same((value, handwritten_spatial.from_block(gradient)), expected, "by hand")
+    found = compiled_rows(ours, sizes, module, x)
+    assert total_bytes(found) == total_bytes(wanted)
+
+
+def total_bytes(rows: collections.Counter[Any]) -> dict[str, int]:
+    """By kind."""
+    found: collections.Counter[str] = collections.Counter()
+    for (kind, _, num_bytes), count in rows.items():
+        found[kind] += num_bytes * count
+    return dict(found)
 
 
 # The examples, as their users run them

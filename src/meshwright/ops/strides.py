@@ -93,9 +93,9 @@ class _Share:
 
 @functools.lru_cache(maxsize=1024)
 def _share(reach: Reach, num: int) -> _Share:
-    """A stretch begins at the first input that its outputs look at. With spread inputs, the positions looked at may begin
-    between two, ``lead`` before that input: as far as that is alike on all devices the padding says it, otherwise some
-    outputs more are made and skipped."""
+    """A stretch begins at the first input that its outputs look at. With spread inputs, the positions looked at may
+    begin between two, ``lead`` before that input: as far as that is alike on all devices the padding says it, otherwise
+    some outputs more are made and skipped."""
     block, spread = reach.num_outputs // num, reach.spread
     length = (block - 1) * reach.stride + reach.span
     firsts = [k * block * reach.stride - reach.before for k in range(num)]
