@@ -137,3 +137,28 @@ def hierarchical(mesh: Any) -> Loss:
 
     specs = P(), P(), P(("dcn", "data"))
     return jax.shard_map(value_and_gradients, mesh=mesh, in_specs=specs, out_specs=(P(), (P(), P())))
+
+
+def experts(mesh: Any, capacity: int) -> Loss:
+    """A mixture of gated experts, one choice for each token, experts and sequences on one axis: tokens are put into
+    places, exchanged, worked on, exchanged again, and taken from their places."""
+
+    def loss(weights: Any, x: jax.Array) -> jax.Array:
+        router, gate, up, down = weights
+        batch, num, row = x.shape[0], router.shape[1], jnp.arange(x.shape[0])[:, None]
+        scores = jax.nn.softmax(x @ router)
+        chosen = jnp.argmax(scores, -1)
+        counts = jnp.cumsum(jax.nn.one_hot(chosen, num, dtype=jnp.int32), 1)
+        place = jnp.take_along_axis(counts, chosen[..., None], 2)[..., 0] - 1
+        slot = jnp.where(place < capacity, chosen * capacity + place, num * capacity)
+        empty = jnp.zeros_like(x, shape=(batch, num * capacity + 1, x.shape[-1]))
+        slots = lax.pcast(empty, "data", to="varying").at[row, slot].add(x)[:, :-1]
+        sent = lax.all_to_all(slots.reshape(batch, num, capacity, -1), "data", 1, 0, tiled=True)
+        inner = jax.nn.silu(jnp.einsum("bxce,xef->bxcf", sent, gate)) * jnp.einsum("bxce,xef->bxcf", sent, up)
+        done = lax.all_to_all(jnp.einsum("bxcf,xfe->bxce", inner, down), "data", 0, 1, tiled=True)
+        done = jnp.pad(done.reshape(batch, num * capacity, -1), ((0, 0), (0, 1), (0, 0)))
+        y = done[row, slot] * jnp.max(scores, -1)[..., None]
+        return lax.pmean(jnp.mean(y * y), "data")
+
+    whole, split = P(), P("data")
+    return mapped(mesh, ((whole, split, split, split), split))(loss)

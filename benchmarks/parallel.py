@@ -12,17 +12,25 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
+from pathlib import Path
 from typing import Any
 
+import handwritten_overlap
 import handwritten_parallel as by_hand
+import handwritten_spatial
 import jax
 import numpy as np
 
 import meshwright as mw
+from meshwright import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import resnet
 
 NUM_DEVICES = 8
 BATCH, LENGTH, EMBED, FF, LAYERS = 32, 64, 256, 1024, 8
@@ -134,6 +142,62 @@ def cases() -> Iterator[Case]:
             name, f"context={n}", mw.Layout("length:context"), attention(causal), (named, qkv),
             lambda mesh, causal=causal: by_hand.ring_attention(mesh, causal), argnums=(0, 1, 2),
         )  # fmt: skip
+
+    yield overlapped()
+    yield with_experts()
+    yield spatial()
+
+
+def overlapped() -> Case:
+    """One feed-forward layer in rings."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    sizes = (BATCH, LENGTH * 4, EMBED), (EMBED, FF), (FF, EMBED)
+    arrays = tuple(jax.random.normal(k, s) * 0.1 for k, s in zip(keys, sizes, strict=True))
+    names = "batch residual_length embed", "embed ff", "ff embed"
+    x, up, down = (mw.Tensor(a, n) for a, n in zip(arrays, names, strict=True))
+
+    def loss(x: mw.Tensor, up: mw.Tensor, down: mw.Tensor) -> Any:
+        wide = mw.silu(mw.dot(x.rename(residual_length="length"), up, over="embed"))
+        return mw.mean((x + mw.dot(wide, down, over="ff").rename(length="residual_length")) ** 2)
+
+    layout = mw.Layout("ff:model, residual_length:model", overlap="model")
+    return built(
+        "sequence, overlapped", f"model={NUM_DEVICES}", layout, loss, ((x, mw.param(up), mw.param(down)), arrays),
+        lambda mesh: handwritten_overlap.mapped_loss(mesh, "model"), argnums=(0, 1, 2),
+    )  # fmt: skip
+
+
+def with_experts() -> Case:
+    """A mixture of 16 experts behind a router of one choice, with places for each expert."""
+    embed, ff, experts = mw.dims(embed=EMBED, ff=FF // 2, experts=16)
+    one, two, three = jax.random.split(jax.random.key(3), 3)
+    router = nn.TopKRouter(embed, experts.size, key=one, num_choices=1, normalised=False)
+    mixture = nn.MixtureOfExperts(router, nn.GatedExperts(embed, experts, ff, key=two), factor=2.0)
+    x = mw.random.normal(three, mw.dims(batch=BATCH, length=LENGTH * 2) + (embed,))
+
+    def loss(mixture: nn.MixtureOfExperts, x: mw.Tensor) -> Any:
+        return mw.mean(mixture(x)[0] ** 2)
+
+    weights = tuple(w.array for w in (router.linear.weight, mixture.experts.gate, mixture.experts.up))
+    positional = (*weights, mixture.experts.down.array), x.array
+    capacity = LENGTH * 2 * 2 // experts.size
+    return built(
+        "experts", f"data={NUM_DEVICES}", mw.Layout("batch:data, experts:data"), loss, ((mixture, x), positional),
+        lambda mesh: by_hand.experts(mesh, capacity), argnums=(0,),
+    )  # fmt: skip
+
+
+def spatial() -> Case:
+    """A residual block on images in strips and columns."""
+    channels = mw.Dim("channels", 32)
+    block = resnet.Block(channels.size, channels.size, 1, jax.random.key(4))
+    x = mw.random.normal(jax.random.key(5), (*mw.dims(batch=8, rows=64, columns=64), channels))
+    plan = handwritten_spatial.Plan(rows="x", columns="y")
+    return built(
+        "spatial", f"x={NUM_DEVICES // 2}, y=2", mw.Layout("rows:x, columns:y"), lambda b, x: mw.mean(b(x) ** 2),
+        ((block, x), (handwritten_spatial.from_block(block), x.array)),
+        lambda mesh: handwritten_spatial.mapped_loss(mesh, plan, resnet.NUM_GROUPS), argnums=(1,),
+    )  # fmt: skip
 
 
 def main() -> None:

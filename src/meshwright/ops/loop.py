@@ -5,7 +5,8 @@ must come back as it went in; here that is checked by name, and the order of dim
 still to be taken, a gather still to be made) are put right on the way.
 
 A scan over a dim that the layout splits runs every step on every device: what it reads is gathered first, what it
-stacks is sliced after.
+stacks is sliced after. With microbatches a scan of parameters over layers is a pipeline instead: each device has its
+own steps (``stages.py``).
 """
 
 from collections.abc import Callable, Sequence
