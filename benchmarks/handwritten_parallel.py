@@ -152,7 +152,7 @@ def experts(mesh: Any, capacity: int) -> Loss:
         place = jnp.take_along_axis(counts, chosen[..., None], 2)[..., 0] - 1
         slot = jnp.where(place < capacity, chosen * capacity + place, num * capacity)
         empty = jnp.zeros_like(x, shape=(batch, num * capacity + 1, x.shape[-1]))
-        slots = lax.pcast(empty, "data", to="varying").at[row, slot].add(x)[:, :-1]
+        slots = empty.at[row, slot].add(x)[:, :-1]
         sent = lax.all_to_all(slots.reshape(batch, num, capacity, -1), "data", 1, 0, tiled=True)
         inner = jax.nn.silu(jnp.einsum("bxce,xef->bxcf", sent, gate)) * jnp.einsum("bxce,xef->bxcf", sent, up)
         done = lax.all_to_all(jnp.einsum("bxcf,xfe->bxce", inner, down), "data", 0, 1, tiled=True)

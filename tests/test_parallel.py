@@ -58,7 +58,7 @@ LAYOUTS: list[Case] = [
         f"batch:data, length:context, {TENSOR}, residual_length:(context,model)",
         {"params": "data"},
     ),
-    ("context=2, model=4", f"length:context, {TENSOR}", {"overlap": "model"}),
+    ("context=2, model=4", f"length:context, {TENSOR}, residual_length:(context,model)", {"overlap": "model"}),
     ("pipe=4, data=2", "layers:pipe, batch:data", {"microbatches": 4}),
     ("pipe=4, data=2", "layers:pipe, batch:data", {"microbatches": 2, "schedule": "gpipe", "params": "data"}),
     ("pipe=2, data=4", "layers:pipe, batch:data", {"microbatches": 2, "virtual_stages": 2, "params": "embed:data"}),
