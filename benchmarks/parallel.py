@@ -151,7 +151,7 @@ def cases() -> Iterator[Case]:
 def overlapped() -> Case:
     """One feed-forward layer in rings."""
     keys = jax.random.split(jax.random.key(2), 3)
-    sizes = (BATCH, LENGTH * 4, EMBED), (EMBED, FF), (FF, EMBED)
+    sizes = (BATCH, LENGTH, EMBED), (EMBED, FF * 4), (FF * 4, EMBED)
     arrays = tuple(jax.random.normal(k, s) * 0.1 for k, s in zip(keys, sizes, strict=True))
     names = "batch residual_length embed", "embed ff", "ff embed"
     x, up, down = (mw.Tensor(a, n) for a, n in zip(arrays, names, strict=True))

@@ -1,8 +1,8 @@
-"""What kinds of parallelism keep in memory, from the compiler's own analysis of programs for 8 virtual CPU devices.
+"""What a pipeline keeps in memory under each schedule, from the compiler's own analysis for virtual CPU devices.
 
-    python benchmarks/parallel_memory.py
+    python benchmarks/pipeline_memory.py
 
-Temporaries of one device, in MiB: a pipeline's under both schedules, and attention's round a ring as the length grows.
+Temporaries of one device, in MiB.
 """
 
 from collections.abc import Callable
@@ -42,26 +42,9 @@ def pipeline() -> None:
         print(f"| {name} | {kept} of 0.5 MiB | {found:.1f} MiB |", flush=True)
 
 
-def ring() -> None:
-    """A sequence of one head of 64, forward and backward, on 4 devices."""
-    print("\n| length of the sequence | held by a device | temporaries | scores, whole |\n| --- | --- | --- | --- |")
-    inside = mw.spmd(attention_loss, mw.Mesh("context=4", jax.devices()[:4]), mw.Layout("length:context"))
-    for length in (4096, 8192, 16384, 32768):
-        shape = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32)
-        q, k, v = (jax.eval_shape(lambda x: mw.Tensor(x, "batch length heads head_dim"), shape) for _ in range(3))
-        found = temporaries(jax.value_and_grad(inside, (0, 1, 2)), q, k, v)
-        scores = length * length // 4 * 4 / MIB
-        print(f"| {length} | {length // 4} | {found:.1f} MiB | {scores:.0f} MiB |", flush=True)
-
-
-def attention_loss(q: mw.Tensor, k: mw.Tensor, v: mw.Tensor) -> Any:
-    return mw.mean(mw.attention(q, k, v, causal=True))
-
-
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     pipeline()
-    ring()
 
 
 if __name__ == "__main__":
