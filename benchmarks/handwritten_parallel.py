@@ -23,7 +23,7 @@ def layers(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     return lax.scan(lambda x, w: (layer(x, *w), None), x, (up, down))[0]
 
 
-def mapped(mesh: Any, specs: tuple[P, ...]) -> Callable[[Loss], Loss]:
+def mapped(mesh: Any, specs: Any) -> Callable[[Loss], Loss]:
     def as_mapped(loss: Loss) -> Loss:
         return jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P())
 
