@@ -174,11 +174,9 @@ def test_a_sum_that_is_used_before_it_is_complete_is_refused() -> None:
 
 
 def test_a_result_that_cannot_be_put_together_is_refused() -> None:
-    def inside(w: Tensor, x: Tensor) -> Any:
-        return jax.grad(lambda w: mw.mean(mw.dot(x, w, "embed") ** 2))(w)
-
-    message = refused(inside, IN, X)
-    assert "depends on the batch, but is neither a sum" in message and "the output (embed=8, ff=16)" in message
+    inside = Way("x=1", "", {"microbatches": 4}).region(lambda x: {"first": x.array[0, 0, 0]})
+    with pytest.raises(ValueError, match=r"the output\['first'\] depends on the batch, but is neither a sum"):
+        inside(X)
 
 
 def test_the_microbatches_must_divide_the_batch() -> None:
@@ -215,3 +213,21 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 def test_a_region_without_a_batch_runs_as_ever() -> None:
     inside = Way("data=2", "embed:data", {"microbatches": 4}).region(lambda w: w * 2.0)
     np.testing.assert_array_equal(inside(IN).array, IN.array * 2.0)
+
+
+def test_what_is_linear_in_sums_is_put_together_value_by_value() -> None:
+    def program(scale: Tensor, x: Tensor) -> Any:
+        mean = mw.mean(x * scale, over=("batch", "length"))
+        barred = jax.lax.optimization_barrier((mw.mean(x), mw.sum(scale * scale)))
+        joined = mw.concat([mean, scale * 1.0], "embed")
+        half = mw.where(mw.arange(E) < 4, mean, -jnp.inf)
+        return joined, barred, half
+
+    agree(program, SCALE, X, over=MANY[:4], grads=False)
+
+
+def test_what_would_take_one_microbatch_for_the_batch_is_refused() -> None:
+    assert "a gradient taken inside" in refused(lambda x: jax.grad(lambda b: mw.mean(x + b))(jnp.float32(0)), X)
+    assert "cannot be put together" in refused(lambda x: mw.broadcast(mw.mean(x), (B,)), X)
+    assert "before all microbatches" in refused(lambda x: mw.sum(mw.broadcast(mw.mean(x), (B,))), X)
+    assert "used by 'div'" in refused(lambda x: jax.lax.div(mw.sum(x), jnp.int32(40)), IDS)

@@ -175,6 +175,16 @@ def test_what_a_pipeline_cannot_do_is_refused() -> None:
 
     assert "pipeline: a sum along the axis 'pipe'" in refused(penalty, IN, X)
 
+    def penalised(inner: Tensor, x: Tensor) -> Any:
+        def layer(carry: Any, w: Tensor) -> Any:
+            h = carry[0] * mw.mean(w)
+            return h, carry[1] + mw.mean(h * h) + mw.sum(w * w)
+
+        h, total = mw.fold(layer, (x, jnp.float32(0)), inner, over="layers")
+        return mw.mean(h) + total
+
+    assert "layers add something that does not depend on the batch" in refused(penalised, IN, X)
+
     def twice(inner: Tensor, x: Tensor) -> Any:
         h = mw.fold(lambda h, w: h * mw.mean(w), x, inner, over="layers")
         return mw.mean(mw.fold(lambda h, w: h * mw.mean(w), h, inner, over="layers"))

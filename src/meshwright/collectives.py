@@ -65,6 +65,8 @@ class Turn:
     """Whether sums over microbatches are taken for nought: what is left of a result does not depend on the batch."""
     apart: Axes = ()
     """The axes along which devices are at different stages of a pipeline, and cannot work together."""
+    traced_first: bool = False
+    """Whether the function is being traced to see what it does, before any gradient of it is taken."""
     in_step: bool = False
     """Whether the devices' runtime lets no permute begin before every device is there, as XLA's for CPUs does: devices
     at other stages never come, so a permute among those of one stage is a gather there."""
@@ -165,7 +167,23 @@ def _summed_later(x: Array, now: Axes, sums: Summing) -> Array:
     """The addend of one microbatch, marked as such: whoever runs the microbatches adds them up."""
     if _turn.value.without_sums:
         return all_sum(jnp.zeros_like(x), now, sums) if now else jnp.zeros_like(x)
-    return checkpoint_name(all_sum(x, now, sums) if now else x, SUMMED)
+    return _marked(all_sum(x, now, sums) if now else x)
+
+
+@jax.custom_jvp
+def _marked(x: Array) -> Array:
+    return checkpoint_name(x, SUMMED)
+
+
+@_marked.defjvp
+def _marked_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    if _turn.value is not None and _turn.value.traced_first:
+        raise fail(
+            "microbatches: a gradient taken inside the region, of a sum over the dim that microbatches divide, would "
+            "be that of one microbatch.\n  Take it outside, of the function that mw.spmd returns, or leave "
+            "microbatches= out of the layout."
+        )
+    return _marked(*primals), tangents[0]
 
 
 def _added(x: Array, axes: Axes, sums: Summing) -> Array:

@@ -48,6 +48,12 @@ def has_stages(jaxpr: Jaxpr) -> bool:
     return _count(jaxpr) > 0
 
 
+def leads_through_stages(closed: ClosedJaxpr, which: Sequence[bool]) -> bool:
+    """Whether a pipeline stands on the way to any of the results that ``which`` says."""
+    outs = [v for v, wanted in zip(closed.jaxpr.outvars, which, strict=True) if wanted]
+    return any(_is_stage(eqn) for eqn in _needed(_opened(closed.jaxpr), outs))
+
+
 def _count(jaxpr: Jaxpr) -> int:
     return sum(1 if _is_stage(eqn) else _count(body) if (body := _body(eqn)) is not None else 0 for eqn in jaxpr.eqns)
 

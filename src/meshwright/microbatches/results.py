@@ -74,8 +74,16 @@ def counted_once(function: Callable[..., Arrays], same: Callable[..., Arrays] | 
     def run(arrays: Arrays, i: Any, *more: Any) -> Arrays:
         found, always = function(arrays, i, *more), same(arrays, i, *more)
         return [
-            x - jnp.where(i == 0, jnp.zeros_like(a), a) if kind == SHIFTED else x
+            jnp.where(i == 0, x, _less(x, a)) if kind == SHIFTED else x
             for x, a, kind in zip(found, always, results.kinds, strict=True)
         ]
 
     return run
+
+
+def _less(x: Any, always: Any) -> Any:
+    """``x`` less what is the same in every microbatch; infinities were counted in the first."""
+    if not jnp.issubdtype(always.dtype, jnp.inexact):
+        return x - always
+    finite = jnp.isfinite(always)
+    return jnp.where(finite, x - jnp.where(finite, always, 0), 0)

@@ -26,7 +26,7 @@ from ..errors import fail
 from ..scope import Split, Stages, staging
 from ..summing import Summing
 from .accumulate import Accumulated, Function
-from .cut import cut, has_stages
+from .cut import cut, has_stages, leads_through_stages
 from .pipeline import Pipelined
 from .results import Arrays, Results, Within, counted_once
 from .sums import PART, SAME, SHIFTED, kinds, waits_over
@@ -70,7 +70,7 @@ class Microbatches:
         told = zip(kinds(first.jaxpr, [*(SAME for _ in arrays), PART]), once.out_places, strict=True)
         found = [PART if kind == SAME and at is not None else kind for kind, at in told]  # zeros that have the dim
         for k, (kind, at) in enumerate(zip(found, once.out_places, strict=True)):
-            if kind == PART and at is None:
+            if (at is None) == (kind == PART) and kind != SAME:
                 raise fail(_not_put_together(names(k)))
             if once.split_apart[k]:
                 raise fail(
@@ -96,7 +96,15 @@ class Microbatches:
 
     def _program(self, once: "_Once", arrays: Arrays, results: Results, stages: Stages | None) -> Any:
         trace = once.traced(arrays, stages)
-        same = once.function_of(once.traced(arrays, stages, without_sums=True)) if SHIFTED in results.kinds else None
+        same = None
+        if SHIFTED in results.kinds:
+            alone = once.traced(arrays, stages, without_sums=True)
+            if stages is not None and leads_through_stages(alone, [k == SHIFTED for k in results.kinds]):
+                raise fail(
+                    "pipeline: layers add something that does not depend on the batch (a penalty on their weights) to "
+                    "a sum over it. Each device has some of the layers only: add it outside the region."
+                )
+            same = once.function_of(alone)
         avals = [v.aval for v in trace.jaxpr.outvars]
         results = Results(avals, results.kinds, results.places, results.num)
         if stages is None:
@@ -112,14 +120,14 @@ class _Once:
         self.out_places: list[int | None] = []
         self.split_apart: list[bool] = []
 
-    def within(self, stages: Stages | None, without_sums: bool = False) -> Within:
+    def within(self, stages: Stages | None, without_sums: bool = False, first: bool = False) -> Within:
         """What gives, for a microbatch's number, the context in which it is worked on: rules of gradients, which JAX
         calls late, need it too."""
         apart = stages.axes if stages is not None else ()
 
         @contextmanager
         def on(i: Any) -> Iterator[None]:
-            with taking(Turn(i, self.num, without_sums, apart, self.in_step)), staging(stages):
+            with taking(Turn(i, self.num, without_sums, apart, first, self.in_step)), staging(stages):
                 yield
 
         return on
@@ -131,7 +139,7 @@ class _Once:
 
         def run(arrays: Arrays, i: Any) -> Arrays:
             slices = [self._slice(x, at, i) for x, at in zip(arrays, self.places, strict=True)]
-            with self.within(stages, without_sums)(i):
+            with self.within(stages, without_sums, first=True)(i):
                 results, splits = self.function(slices)
             self.out_places = [next((k for k, axes in enumerate(s) if TIME in axes), None) for s in splits]
             self.split_apart = [any(set(axes).intersection(apart) for axes in s) for s in splits]

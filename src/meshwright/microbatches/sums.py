@@ -19,6 +19,7 @@ addend for the sum, and is an error.
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from ..collectives import SUMMED
@@ -33,6 +34,8 @@ _LINEAR = {
     "psum", "psum_invariant", "expand_dims", "concatenate", "reduce_precision", "real", "imag", "optimization_barrier",
     "rev", "stop_gradient", "name", "dynamic_slice", "reduce_scatter", "all_gather", "all_gather_invariant",
 }  # fmt: skip
+_EACH = {"optimization_barrier", "psum", "psum_invariant", "pvary"}
+"""What gives a result for each operand."""
 _CALLS = {
     "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr", "remat": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr",
@@ -72,9 +75,13 @@ def _of_equation(eqn: Any, given: list[str]) -> list[str]:
     if name == "scan":
         return _of_scan(eqn, given)
     if name == "name" and eqn.params["name"] == SUMMED:
-        return [SHIFTED if given[0] == SHIFTED else SUM]
+        if given[0] in _SUMS:
+            raise _not_linear(eqn)
+        return [SUM]
     if any(_holds_sum(value) for value in eqn.params.values()):
         raise _not_linear(eqn)
+    if name in _EACH and len(given) == num:
+        return given
     if not any(kind in _SUMS for kind in given):
         return [PART if PART in given else SAME] * num
     return [_of_linear(eqn, name, given)] * num
@@ -86,16 +93,16 @@ def _of_linear(eqn: Any, name: str, given: list[str]) -> str:
     if PART in others:
         raise _not_linear(eqn)
     if name in ("add", "sub", "add_any", "concatenate"):
-        return SHIFTED if others and name != "concatenate" else kind
+        return SHIFTED if others else kind
     if name in ("mul", "dot_general") and len(others) == 1:
         return kind
-    if name == "div" and given[0] in _SUMS and others:
+    if name == "div" and given[0] in _SUMS and others and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
         return kind
     if name == "select_n" and given[0] not in _SUMS:
         return SHIFTED if len(others) > 1 else kind
-    if name == "convert_element_type" and eqn.params["new_dtype"].kind in "fcV":
+    if name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
         return kind
-    if name in _LINEAR and given[0] in _SUMS:
+    if name in _LINEAR and given[0] in _SUMS and not any(k in _SUMS for k in given[1:]):
         return kind
     raise _not_linear(eqn)
 
@@ -106,15 +113,17 @@ def _of_scan(eqn: Any, given: list[str]) -> list[str]:
     given = list(given)
     while True:
         found = kinds(body, given)
-        handed = [_joined(a, b) for a, b in zip(given[first : first + num_carry], found, strict=False)]
+        handed = [_joined(eqn, a, b) for a, b in zip(given[first : first + num_carry], found, strict=False)]
         if handed == given[first : first + num_carry]:
             return found
         given[first : first + num_carry] = handed
 
 
-def _joined(one: str, two: str) -> str:
+def _joined(eqn: Any, one: str, two: str) -> str:
     """The kind of what is either ``one`` or ``two``: what a loop begins with and what it hands on."""
     order = (SAME, PART, SUM, SHIFTED)
+    if PART in (one, two) and (one in _SUMS or two in _SUMS):
+        raise _not_linear(eqn)
     if {one, two} == {SAME, SUM} or {one, two} == {SAME, SHIFTED}:
         return SHIFTED
     return max(one, two, key=order.index)
