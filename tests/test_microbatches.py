@@ -26,7 +26,7 @@ MANY = [
     Way("data=2", "batch:data", {"microbatches": 4}),
     Way("data=2", "batch:data", {"microbatches": 8, "params": "data"}),
     Way("data=2", "batch:data", {"microbatches": 2, "params": "data", "gather": "step"}),
-    Way("data=2,model=2", "batch:data, ff:model", {"microbatches": "batch:4"}),
+    Way("data=2,model=2", "batch:data, embed:model", {"microbatches": "batch:4"}),
     Way("data=2,model=2", "batch:data, embed:model", {"microbatches": 4, "params": "data"}),
     Way("data=2,model=2", "batch:(data,model)", {"microbatches": 4, "params": "embed:(data,model)"}),
     Way("data=2,context=2", "batch:data, length:context", {"microbatches": 2}),
