@@ -29,7 +29,7 @@ WAYS = [
     Way("pipe=8", "layers:pipe", {"microbatches": 1}),
     Way("pipe=2", "layers:pipe", {"microbatches": 4, "virtual_stages": 2}),
     Way("pipe=2", "layers:pipe", {**GPIPE, "virtual_stages": 4}),
-    Way("pipe=4", "layers:pipe", {"microbatches": 3 + 5, "virtual_stages": 2}),
+    Way("pipe=4", "layers:pipe", {"microbatches": 8, "virtual_stages": 2}),
     Way("p=2,q=2", "layers:(p,q)", {"microbatches": 4}),
     Way("data=2,pipe=2", "batch:data, layers:pipe", {"microbatches": 4, "params": "embed:data"}),
     Way("data=2,pipe=2", "batch:data, layers:pipe", {"microbatches": 4, "params": "data", "gather": "step"}),

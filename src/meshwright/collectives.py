@@ -337,6 +337,11 @@ def permute(x: Array, axes: Axes, pairs: Sequence[tuple[int, int]]) -> Array:
     return lax.ppermute(x, ordered, pairs)
 
 
+def rotate(x: Array, axes: Axes, num: int, distance: int) -> Array:
+    """Send ``x`` to the device ``distance`` further along ``axes``, on which there are ``num``, round their end."""
+    return permute(x, axes, [(device, (device + distance) % num) for device in range(num)])
+
+
 def _taken_of_all(x: Array, axes: Axes, pairs: Sequence[tuple[int, int]]) -> Array:
     """A permute as a gather, of which each device takes what was sent to it."""
     sources = np.full(math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes), -1, np.int32)

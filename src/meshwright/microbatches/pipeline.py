@@ -58,10 +58,11 @@ class Pipelined:
         order = ordered(self.schedule, self.num_devices, self.stages.num, self.results.num, True)
 
         def stacked(given: Arrays) -> tuple[Arrays, Arrays]:
-            return _parted(self.parts.stacks(_replaced(arrays, wanted, given)))
+            every = self.parts.stacks(_replaced(arrays, wanted, given))
+            return _parted(every)[0], every
 
-        _, pull, _ = jax.vjp(stacked, [arrays[k] for k in wanted], has_aux=True)
-        stacks = dealt(self.parts.stacks(arrays), self.stages, self.num_devices)
+        _, pull, every = jax.vjp(stacked, [arrays[k] for k in wanted], has_aux=True)
+        stacks = dealt(every, self.stages, self.num_devices)
         end = _Work(self, order, arrays, wanted, stacks).run()
         (through_stacks,) = pull(returned(end.of_stacks, self.stages, self.num_devices))
         gradients = [a + b for a, b in zip(end.of_arrays, through_stacks, strict=True)]

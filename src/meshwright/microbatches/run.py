@@ -23,7 +23,7 @@ from jax.extend.core import jaxpr_as_fun
 from .. import collectives
 from ..collectives import TIME, Turn, taking
 from ..errors import fail
-from ..scope import Split, Stages, staging
+from ..scope import Axes, Split, Stages, staging
 from ..summing import Summing
 from .accumulate import Accumulated, Function
 from .cut import cut, has_stages, leads_through_stages
@@ -78,14 +78,16 @@ class Microbatches:
                     "stages: return it from a region without microbatches=."
                 )
         ready = self._varied(arrays, first, stages)
-        results = Results([v.aval for v in first.jaxpr.outvars], found, once.out_places, self.num)
-        program = self._program(once, ready, results, stages)
+        as_before = all(a is b for a, b in zip(ready, arrays, strict=True))
+        trace = first if as_before else once.traced(ready, stages)
+        results = Results([v.aval for v in trace.jaxpr.outvars], found, once.out_places, self.num)
+        program = self._program(once, trace, ready, results, stages)
         return _differentiable(program, results, names)(*ready)
 
     def _varied(self, arrays: Arrays, trace: Any, stages: Stages | None) -> Arrays:
         """The arguments, varying already over the axes over which every use of them varies: the sums of their gradients
         are then taken once for all microbatches."""
-        alone = frozenset(stages.axes) if stages is not None else frozenset()
+        alone = frozenset(_apart(stages))
 
         def one(x: Any, v: Any) -> Any:
             inexact = jnp.issubdtype(x.dtype, jnp.inexact)
@@ -94,8 +96,7 @@ class Microbatches:
 
         return [one(x, v) for x, v in zip(arrays, trace.jaxpr.invars[:-1], strict=True)]
 
-    def _program(self, once: "_Once", arrays: Arrays, results: Results, stages: Stages | None) -> Any:
-        trace = once.traced(arrays, stages)
+    def _program(self, once: "_Once", trace: Any, arrays: Arrays, results: Results, stages: Stages | None) -> Any:
         same = None
         if SHIFTED in results.kinds:
             alone = once.traced(arrays, stages, without_sums=True)
@@ -105,8 +106,6 @@ class Microbatches:
                     "a sum over it. Each device has some of the layers only: add it outside the region."
                 )
             same = once.function_of(alone)
-        avals = [v.aval for v in trace.jaxpr.outvars]
-        results = Results(avals, results.kinds, results.places, results.num)
         if stages is None:
             return Accumulated(counted_once(once.function_of(trace), same, results), results, once.within(None))
         return Pipelined(cut(trace), same, results, self.schedule, stages, self.num_devices, once.within(stages))
@@ -123,11 +122,10 @@ class _Once:
     def within(self, stages: Stages | None, without_sums: bool = False, first: bool = False) -> Within:
         """What gives, for a microbatch's number, the context in which it is worked on: rules of gradients, which JAX
         calls late, need it too."""
-        apart = stages.axes if stages is not None else ()
 
         @contextmanager
         def on(i: Any) -> Iterator[None]:
-            with taking(Turn(i, self.num, without_sums, apart, first, self.in_step)), staging(stages):
+            with taking(Turn(i, self.num, without_sums, _apart(stages), first, self.in_step)), staging(stages):
                 yield
 
         return on
@@ -135,17 +133,15 @@ class _Once:
     def traced(self, arrays: Arrays, stages: Stages | None, without_sums: bool = False) -> Any:
         """Its trace: a function of the whole batch's arrays and the microbatch's number."""
 
-        apart = stages.axes if stages is not None else ()
-
         def run(arrays: Arrays, i: Any) -> Arrays:
             slices = [self._slice(x, at, i) for x, at in zip(arrays, self.places, strict=True)]
             with self.within(stages, without_sums, first=True)(i):
                 results, splits = self.function(slices)
             self.out_places = [next((k for k, axes in enumerate(s) if TIME in axes), None) for s in splits]
-            self.split_apart = [any(set(axes).intersection(apart) for axes in s) for s in splits]
+            self.split_apart = [any(set(axes).intersection(_apart(stages)) for axes in s) for s in splits]
             return results
 
-        number = collectives.vary(jnp.int32(0), frozenset(apart))
+        number = collectives.vary(jnp.int32(0), frozenset(_apart(stages)))
         return jax.make_jaxpr(run)(arrays, number)
 
     def _slice(self, x: Any, at: int | None, i: Any) -> Any:
@@ -158,6 +154,11 @@ class _Once:
     def function_of(trace: Any) -> Function:
         run = jaxpr_as_fun(trace)
         return lambda arrays, i: run(*arrays, i)
+
+
+def _apart(stages: Stages | None) -> Axes:
+    """The axes along which devices are at different stages."""
+    return stages.axes if stages is not None else ()
 
 
 def _differentiable(program: Any, results: Results, names: Callable[[int], str]) -> Callable[..., Arrays]:

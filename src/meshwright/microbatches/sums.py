@@ -30,9 +30,9 @@ SAME, PART, SUM, SHIFTED = "same", "part", "sum", "shifted sum"
 
 _SUMS = (SUM, SHIFTED)
 _LINEAR = {
-    "neg", "reshape", "broadcast_in_dim", "squeeze", "transpose", "slice", "reduce_sum", "copy", "pvary",
-    "psum", "psum_invariant", "expand_dims", "concatenate", "reduce_precision", "real", "imag", "optimization_barrier",
-    "rev", "stop_gradient", "name", "dynamic_slice", "reduce_scatter", "all_gather", "all_gather_invariant",
+    "neg", "reshape", "broadcast_in_dim", "squeeze", "transpose", "slice", "reduce_sum", "copy", "expand_dims",
+    "reduce_precision", "real", "imag", "rev", "stop_gradient", "name", "dynamic_slice", "reduce_scatter",
+    "all_gather", "all_gather_invariant",
 }  # fmt: skip
 _EACH = {"optimization_barrier", "psum", "psum_invariant", "pvary"}
 """What gives a result for each operand."""

@@ -64,9 +64,8 @@ class Ring:
 
     def send(self, x: Array, distance: int) -> Array:
         """To the device so far along the ring."""
-        pairs = [(device, (device + distance) % self.num) for device in range(self.num)]
         with told(self.dims):
-            return collectives.permute(x, self.axes, pairs)
+            return collectives.rotate(x, self.axes, self.num, distance)
 
     def passing(self, x: Array) -> Iterator[tuple[Array, Array]]:
         """Every device's ``x``, the nearest first, each with the place of its device."""

@@ -171,9 +171,7 @@ class _Device:
 
     def send(self, pieces: Any, distance: int) -> Any:
         """To the device so far along the ring."""
-        num = self.ring.num
-        pairs = [(device, (device + distance) % num) for device in range(num)]
-        return jax.tree.map(lambda x: collectives.permute(x, self.ring.axes, pairs), pieces)
+        return jax.tree.map(lambda x: collectives.rotate(x, self.ring.axes, self.ring.num, distance), pieces)
 
     def origin(self, distance: Any) -> Array:
         """Whose pieces come from so far."""

@@ -180,7 +180,7 @@ def _collective(kind: str, axes: Axes, n: int, x: jax.Array) -> jax.Array:
         return collectives.sum_scatter(x, axes, 0)
     if kind == ALL_TO_ALL:
         return collectives.exchange(x, axes, 0, 0)
-    return collectives.permute(x, axes, [(i, (i + 1) % n) for i in range(n)])
+    return collectives.rotate(x, axes, n, 1)
 
 
 def _seconds(mesh: Mesh, body: Body, x: jax.Array) -> float:
