@@ -11,6 +11,7 @@ Shapes: queries (batch, heads, group, queries, head), keys and values (batch, he
 queries that share a key's head. Queries come scaled.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ LEAST_KEYS = 64
 MOST_PARTS = 16
 """Parts of the queries, each with the keys that it can see, at most: each is traced by itself."""
 _UNSEEN = -1e30
+_LAST = 4
+"""The last dim of what has the queries' dims."""
 _AGAIN = "rematted_computation"
 """What JAX calls operations that it does again for the backward pass: profilers and the plan tell them by it."""
 
@@ -71,7 +74,7 @@ class Sight:
     """Those less than so many places away."""
 
     def mask(self, queries: Tokens, keys: Tokens) -> Array | None:
-        """(batch or 1, 1, 1, queries, keys); None: every query sees every key."""
+        """(batch or 1, queries, keys); None: every query sees every key."""
         parts = []
         if self.causal:
             parts.append((queries.places[:, None] >= keys.places[None])[None])
@@ -84,7 +87,7 @@ class Sight:
         mask = parts[0]
         for part in parts[1:]:
             mask = mask & part
-        return mask[:, None, None]
+        return mask
 
     def reach(self, first: int, last: int, num: int) -> tuple[int, int]:
         """The first key, and the one after the last, that any of the queries from ``first`` to before ``last`` sees,
@@ -123,29 +126,31 @@ class Blocks(NamedTuple):
         return k, v, Tokens(places, segments)
 
 
-def see(seen: Seen, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight) -> Seen:
-    """What queries have seen after these keys."""
+def see(seen: Seen | None, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight) -> Seen:
+    """What queries have seen after these keys. (None: they have seen nothing yet.)"""
     num = _num_blocks(k.shape[2])
     return _see_blocks(seen, q, Blocks.of(k, v, keys, num), range(num), queries, sight)
 
 
-def see_own(seen: Seen, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight) -> Seen:
+def see_own(seen: Seen | None, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight) -> Seen:
     """``see`` where queries and keys are the same tokens: parts of the queries, each with the keys within its sight."""
     found, parts, num = [], *_parts(k.shape[2], sight)
     blocks = Blocks.of(k, v, keys, num)
     for (first, last), ranges in parts:
-        mine = Seen(*(x[:, :, :, first:last] for x in seen))
+        mine, asking, tokens = _rows(seen, first, last), _rows(q, first, last), _range(queries, first, last)
         for which, within in ranges:
-            mine = _see_blocks(mine, q[:, :, :, first:last], blocks, which, _range(queries, first, last), within)
+            mine = _see_blocks(mine, asking, blocks, which, tokens, within)
         found.append(mine)
-    return Seen(*(jnp.concatenate(each, 3) for each in zip(*found, strict=True)))
+    return jax.tree.map(lambda *each: _concatenated(each, 3), *found)  # type: ignore[no-any-return]
 
 
-def _see_blocks(seen: Seen, q: Array, blocks: Blocks, which: range, queries: Tokens, sight: Sight) -> Seen:
-    def step(seen: Seen, i: Any) -> tuple[Seen, None]:
+def _see_blocks(seen: Seen | None, q: Array, blocks: Blocks, which: range, queries: Tokens, sight: Sight) -> Seen:
+    def step(seen: Seen | None, i: Any) -> tuple[Seen, None]:
         k, v, keys = blocks.at(i)
         return _see_block(seen, q, k, v, sight.mask(queries, keys)), None
 
+    if seen is None and len(which) > 1:
+        seen = nothing(q, blocks.v)
     return _over(which, step, seen)  # type: ignore[no-any-return]
 
 
@@ -156,26 +161,33 @@ def _over(which: range, step: Any, state: Any) -> Any:
     return lax.scan(step, state, jnp.arange(which.start, which.stop, dtype=jnp.int32))[0]
 
 
-def _see_block(seen: Seen, q: Array, k: Array, v: Array, mask: Array | None) -> Seen:
+def _see_block(seen: Seen | None, q: Array, k: Array, v: Array, mask: Array | None) -> Seen:
     scores = _scores(q, k, mask)
-    most = jnp.maximum(seen.most, jnp.max(scores, -1))
+    most = lax.reduce_max(scores, (_LAST,))
+    if seen is not None:
+        most = lax.max(seen.most, most)
     weights = _weights(scores, most, mask)
-    fade = jnp.exp(seen.most - most)
-    added = jnp.einsum("bhgnm,bhme->bhgne", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return Seen(most, seen.total * fade + jnp.sum(weights, -1), seen.weighted * fade[..., None] + added)
+    total = lax.reduce_sum(weights, (_LAST,))
+    weighted = _product(lax.convert_element_type(weights, v.dtype), v, (_LAST,), (2,))
+    if seen is None:
+        return Seen(most, total, weighted)
+    fade = lax.exp(lax.sub(seen.most, most))
+    faded = lax.mul(seen.weighted, _along(fade, seen.weighted))
+    return Seen(most, lax.add(lax.mul(seen.total, fade), total), lax.add(faded, weighted))
 
 
 def result(seen: Seen, dtype: Any) -> tuple[Array, Array]:
     """What queries get, zeros where they saw no key, and the logarithm of the sum of exponentials."""
-    total = jnp.where(seen.total > 0, seen.total, 1.0)
-    return (seen.weighted / total[..., None]).astype(dtype), seen.most + jnp.log(total)
+    total = lax.select(lax.gt(seen.total, 0.0), seen.total, lax.full_like(seen.total, 1.0))
+    mean = lax.div(seen.weighted, _along(total, seen.weighted))
+    return lax.convert_element_type(mean, dtype), lax.add(seen.most, lax.log(total))
 
 
 def kept(q: Array, out: Array, log_total: Array, gradient: Array) -> Kept:
     """What the backward pass of queries needs."""
-    return Kept(
-        q, gradient, log_total, jnp.einsum("bhgne,bhgne->bhgn", out, gradient, preferred_element_type="float32")
-    )
+    each = ((_LAST,), (_LAST,)), ((0, 1, 2, 3), (0, 1, 2, 3))
+    drift = lax.dot_general(out, gradient, each, preferred_element_type=jnp.float32)
+    return Kept(q, gradient, log_total, drift)
 
 
 Gradients = tuple[Array, Array, Array]
@@ -198,14 +210,14 @@ def _back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, parts: li
     to_blocks = jnp.zeros_like(blocks.k, jnp.float32), jnp.zeros_like(blocks.v, jnp.float32)
     found = []
     for (first, last), ranges in parts:
-        mine, tokens = Kept(*(x[:, :, :, first:last] for x in of)), _range(queries, first, last)
+        mine, tokens = _rows(of, first, last), _range(queries, first, last)
         state: Any = jnp.zeros_like(mine.q, jnp.float32), to_blocks
         for which, within in ranges:
             state = _see_blocks_back(state, mine, blocks, which, tokens, within)
         to_q, to_blocks = state
         found.append(to_q)
     to_k, to_v = (_joined(x, 2) for x in to_blocks)
-    return jnp.concatenate(found, 3), to_k, to_v
+    return _concatenated(found, 3), to_k, to_v
 
 
 def _see_blocks_back(state: Any, of: Kept, blocks: Blocks, which: range, queries: Tokens, sight: Sight) -> Any:
@@ -218,31 +230,58 @@ def _see_blocks_back(state: Any, of: Kept, blocks: Blocks, which: range, queries
     return _over(which, step, state)
 
 
+def _rows(x: Any, first: int, last: int) -> Any:
+    """Of queries, or of what is held of each: those from ``first`` to before ``last``."""
+    return jax.tree.map(lambda each: lax.slice_in_dim(each, first, last, axis=3), x)
+
+
 def _range(tokens: Tokens, first: int, last: int) -> Tokens:
-    segments = None if tokens.segments is None else tokens.segments[:, first:last]
-    return Tokens(tokens.places[first:last], segments)
+    segments = None if tokens.segments is None else lax.slice_in_dim(tokens.segments, first, last, axis=1)
+    return Tokens(lax.slice_in_dim(tokens.places, first, last), segments)
+
+
+def _concatenated(found: Sequence[Array], dim: int) -> Array:
+    return found[0] if len(found) == 1 else lax.concatenate(found, dim)
 
 
 def _see_block_back(of: Kept, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array, Array]:
     q, gradient = of.q, of.gradient
     with jax.named_scope(_AGAIN):
         weights = _weights(_scores(q, k, mask), of.log_total, mask)
-    wide: Any = {"preferred_element_type": jnp.float32}
-    to_v = jnp.einsum("bhgnm,bhgne->bhme", weights.astype(gradient.dtype), gradient, **wide)
-    slope = jnp.einsum("bhgne,bhme->bhgnm", gradient, v, **wide)
-    slope = (weights * (slope - of.drift[..., None])).astype(q.dtype)
-    to_q = jnp.einsum("bhgnm,bhmd->bhgnd", slope, k, **wide)
-    return to_q, jnp.einsum("bhgnm,bhgnd->bhmd", slope, q, **wide), to_v
+    to_v = _product(lax.convert_element_type(weights, gradient.dtype), gradient, (2, 3), (2, 3))
+    slope = _product(gradient, v, (_LAST,), (3,))
+    slope = lax.mul(weights, lax.sub(slope, _along(of.drift, slope)))
+    slope = lax.convert_element_type(slope, q.dtype)
+    to_q = _product(slope, k, (_LAST,), (2,))
+    return to_q, _product(slope, q, (2, 3), (2, 3)), to_v
+
+
+# These are traced once for each part of each attention, so they speak in jax.lax (see kin.py).
+
+
+def _product(a: Array, b: Array, summed_a: tuple[int, ...], summed_b: tuple[int, ...]) -> Array:
+    """For each of the batch and each head: the product along these dims of each, float32."""
+    return lax.dot_general(a, b, ((summed_a, summed_b), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+
+def _along(x: Array, like: Array) -> Array:
+    """(batch, heads, group, queries), repeated along the last dim of ``like``."""
+    return lax.broadcast_in_dim(x, like.shape, (0, 1, 2, 3))
 
 
 def _scores(q: Array, k: Array, mask: Array | None) -> Array:
-    scores = jnp.einsum("bhgnd,bhmd->bhgnm", q, k, preferred_element_type=jnp.float32)
-    return scores if mask is None else jnp.where(mask, scores, _UNSEEN)
+    return _masked(mask, _product(q, k, (_LAST,), (3,)), _UNSEEN)
 
 
 def _weights(scores: Array, less: Array, mask: Array | None) -> Array:
-    weights = jnp.exp(scores - less[..., None])
-    return weights if mask is None else jnp.where(mask, weights, 0.0)
+    return _masked(mask, lax.exp(lax.sub(scores, _along(less, scores))), 0.0)
+
+
+def _masked(mask: Array | None, x: Array, otherwise: float) -> Array:
+    if mask is None:
+        return x
+    seen = lax.broadcast_in_dim(mask, x.shape, (0, 3, 4))
+    return lax.select(seen, x, lax.full_like(x, otherwise))
 
 
 def _parts(num: int, sight: Sight) -> tuple[list[Part], int]:
@@ -269,9 +308,10 @@ def _num_blocks(keys: int) -> int:
 
 def _cut(x: Array, dim: int, num: int) -> Array:
     """``num`` pieces along a dim, along a new first one."""
-    return jnp.moveaxis(x.reshape(*x.shape[:dim], num, -1, *x.shape[dim + 1 :]), dim, 0)
+    x = lax.reshape(x, (*x.shape[:dim], num, x.shape[dim] // num, *x.shape[dim + 1 :]))
+    return lax.transpose(x, (dim, *(d for d in range(x.ndim) if d != dim)))
 
 
 def _joined(x: Array, dim: int) -> Array:
-    x = jnp.moveaxis(x, 0, dim)
-    return x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
+    x = lax.transpose(x, (*range(1, dim + 1), 0, *range(dim + 1, x.ndim)))
+    return lax.reshape(x, (*x.shape[:dim], x.shape[dim] * x.shape[dim + 1], *x.shape[dim + 2 :]))

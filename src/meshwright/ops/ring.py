@@ -25,7 +25,7 @@ from jax import lax
 
 from .. import collectives
 from ..scope import Axes
-from .blocks import Seen, Sight, Tokens, kept, nothing, result, see, see_back, see_own, see_own_back
+from .blocks import Seen, Sight, Tokens, kept, result, see, see_back, see_own, see_own_back
 
 Array = Any
 
@@ -201,7 +201,7 @@ def _forward(ring: Ring, q: Array, k: Array, v: Array, segments: Array | None) -
         return seen
 
     walks = [(direction, hops, on.send(pieces, direction)) for direction, hops in ring.walks(on.length)]
-    seen = [nothing(each, v) for each in queries]
+    seen: list[Seen | None] = [None] * len(queries)
     for to, by, sight in on.own():
         k, v, _ = pieces[by]
         mine, theirs = (on.tokens(pieces[i], i, on.here) for i in (to, by))
@@ -209,7 +209,7 @@ def _forward(ring: Ring, q: Array, k: Array, v: Array, segments: Array | None) -
         seen[to] = function(seen[to], queries[to], k, v, mine, theirs, sight)
     for direction, hops, theirs in walks:
         seen = on.walk(seen, theirs, direction, hops, work)
-    outs, logs = zip(*(result(each, q.dtype) for each in seen), strict=True)
+    outs, logs = zip(*(result(each, q.dtype) for each in seen if each is not None), strict=True)
     return on.together(outs, 3), (queries, pieces, outs, logs)
 
 
