@@ -185,6 +185,7 @@ def result(seen: Seen, dtype: Any) -> tuple[Array, Array]:
 
 def kept(q: Array, out: Array, log_total: Array, gradient: Array) -> Kept:
     """What the backward pass of queries needs."""
+    q, gradient = lax.optimization_barrier((q, gradient))  # else XLA takes scores from a forward pass that is near
     each = ((_LAST,), (_LAST,)), ((0, 1, 2, 3), (0, 1, 2, 3))
     drift = lax.dot_general(out, gradient, each, preferred_element_type=jnp.float32)
     return Kept(q, gradient, log_total, drift)
