@@ -35,9 +35,11 @@ from ..dims import Dim
 from ..errors import fail, nearest
 from ..ops import random
 from ..ops.elementwise import (
+    absolute,
     add,
     bitwise_xor,
     divide,
+    greater,
     mod,
     multiply,
     right_shift,
@@ -45,7 +47,9 @@ from ..ops.elementwise import (
     sign,
     stop_gradient,
     subtract,
+    where,
 )
+from ..ops.ids import check_ids
 from ..ops.indexing import one_hot, take
 from ..ops.join import stack
 from ..ops.making import full_like, zeros
@@ -125,12 +129,17 @@ class TopKRouter(eqx.Module):
     ) -> None:
         if scores not in SCORES:
             raise fail(f"TopKRouter: there are no scores {scores!r}.{nearest(str(scores), SCORES)}")
-        _check_choices("TopKRouter", num_choices, num_experts)
+        check_choices("TopKRouter", num_choices, num_experts)
         routes = Dim("routes", num_experts)
         self.linear = Linear(embed, routes, key=key)
         self.bias = param(zeros(routes)) if balanced else None
         self.num_choices, self.scores, self.normalised = num_choices, scores, normalised
         self.scale, self.jitter = scale, jitter
+
+    @property
+    def num_experts(self) -> int:
+        """How many there are to choose from."""
+        return self.linear.weight.size("routes")
 
     def __call__(self, x: Tensor, ids: Tensor | None = None, key: jax.Array | None = None) -> Choices:
         """(batch, length, embed) to the choices of its tokens; ``ids`` are not looked at."""
@@ -166,6 +175,11 @@ class ExpertChoiceRouter(eqx.Module):
     def __init__(self, embed: Dim, num_experts: int, *, key: jax.Array, jitter: float = 0.0) -> None:
         self.linear, self.jitter = Linear(embed, Dim("routes", num_experts), key=key), jitter
 
+    @property
+    def num_experts(self) -> int:
+        """How many there are that choose."""
+        return self.linear.weight.size("routes")
+
     def __call__(self, x: Tensor, capacity: Dim, key: jax.Array | None = None) -> Slots:
         """(batch, length, embed) to the tokens that each expert chose: ``capacity`` of them."""
         logits = _logits(self.linear, x, key, self.jitter)
@@ -191,7 +205,7 @@ class HashRouter(eqx.Module):
     seed: int = eqx.field(static=True)
 
     def __init__(self, num_experts: int, *, num_choices: int = 1, seed: int = 0) -> None:
-        _check_choices("HashRouter", num_choices, num_experts)
+        check_choices("HashRouter", num_choices, num_experts)
         self.num_experts, self.num_choices, self.seed = num_experts, num_choices, seed
 
     def __call__(self, x: Tensor, ids: Tensor | None = None, key: jax.Array | None = None) -> Choices:
@@ -199,6 +213,7 @@ class HashRouter(eqx.Module):
         del x, key
         if ids is None:
             raise fail("HashRouter: it chooses by the tokens' ids. Write experts(x, ids=ids).")
+        check_ids(ids, "HashRouter")
         first = mod(_mixed(ids, self.seed), self.num_experts).astype("int32")
         each = [mod(add(first, i), self.num_experts) for i in range(self.num_choices)]
         experts = stack(each, Dim("choices", self.num_choices)).reorder(..., "choices")
@@ -220,7 +235,8 @@ def _logits(linear: Linear, x: Tensor, key: jax.Array | None, jitter: float) -> 
     return linear(wide)
 
 
-def _check_choices(asked: str, num_choices: int, num_experts: int) -> None:
+def check_choices(asked: str, num_choices: int, num_experts: int) -> None:
+    """Raise a ``ValueError`` unless a token can choose so many experts."""
     if not 1 <= num_choices <= num_experts:
         raise fail(f"{asked}: num_choices={num_choices}; a token chooses from 1 to num_experts={num_experts}.")
 
@@ -231,7 +247,8 @@ def _check_choices(asked: str, num_choices: int, num_experts: int) -> None:
 def load_of(experts: Tensor, num_experts: int) -> Tensor:
     """The share of a group's choices that fell on each expert: (batch, routes), float32, adding up to 1."""
     chosen = one_hot(experts, Dim("routes", num_experts))
-    return multiply(sum_over(chosen, ("length", "choices")), 1.0 / (experts.size("length") * experts.size("choices")))
+    whole = float(experts.size("length") * experts.size("choices"))
+    return divide(sum_over(chosen, ("length", "choices")), whole)
 
 
 def balance_loss(load: Tensor, shares: Tensor) -> Tensor | jax.Array:
@@ -253,7 +270,8 @@ def z_loss(logits: Tensor) -> Tensor | jax.Array:
 
 def next_bias(bias: Tensor, load: Tensor, rate: float = 1e-3) -> Tensor:
     """The bias for the next step: ``rate`` more for an expert that had less than its share, less for one that had more
-    (Wang et al., 2024, algorithm 1).
+    (Wang et al., 2024, algorithm 1). One whose load is its share but for rounding keeps its bias: the sign of what
+    rounding leaves would depend on the layout.
 
     Args:
         bias: that of a balanced ``TopKRouter``, (routes), or of a stack of them, (layers, routes).
@@ -262,4 +280,10 @@ def next_bias(bias: Tensor, load: Tensor, rate: float = 1e-3) -> Tensor:
     """
     others = tuple(n for n in load.names if n not in bias.names)
     even = 1.0 / bias.size("routes")
-    return param(add(bias, multiply(sign(subtract(even, mean(load, others) if others else load)), rate)))
+    less = subtract(even, mean(load, others) if others else load)
+    direction = where(greater(absolute(less), _ROUNDING * even), sign(less), 0.0)
+    return param(add(bias, multiply(direction, rate)))
+
+
+_ROUNDING = 1e-5
+"""Of an expert's share: more than sums of many loads in float32 are off by, and less than one choice of 100 000."""
