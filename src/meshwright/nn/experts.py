@@ -197,7 +197,7 @@ class MixtureOfExperts(eqx.Module):
         Args:
             x: the tokens' vectors. Of its dims, ``length`` counts the tokens of a group and ``batch`` the groups.
             ids: the tokens, (batch, length), int32: for a ``HashRouter``.
-            key: for the router's jitter; None for none.
+            key: for the router's jitter and second choices that it draws; None for none.
         """
         num_experts = self.experts.gate.dims[0].size
         length = x.dim("length")
