@@ -474,3 +474,60 @@ def test_the_bias_evens_the_load_and_changes_no_weight() -> None:
     load = mw.Tensor(np.array([[0.5, 0.25, 0.25, 0.0], [0.5, 0.25, 0.25, 0.0]], np.float32), "batch routes")
     moved = nn.next_bias(mw.zeros(mw.Dim("routes", 4)), load, rate=0.5)
     np.testing.assert_array_equal(moved.array, [-0.5, 0.0, 0.0, 0.5])
+
+
+def _second(**options: Any) -> nn.TopKRouter:
+    return nn.TopKRouter(mw.Dim("embed", EMBED), EXPERTS, key=_key(1), random_second=True, **options)
+
+
+def test_a_second_choice_is_drawn_by_its_weight() -> None:
+    """GShard, algorithm 1: where 2 x g2 > a number drawn from 0 to 1. Without a key all are used."""
+    router, plain, (x, _), key = _second(), _router("top-2"), _inputs(), _key(9)
+    always, drawn = plain(x), router(x, key=key)
+    np.testing.assert_array_equal(router(x).experts.array, always.experts.array)
+    np.testing.assert_array_equal(drawn.weights.array, always.weights.array)
+    number = np.asarray(jax.random.uniform(jax.random.fold_in(key, 1), (BATCH, LENGTH)))
+    used = number < 2 * np.asarray(always.weights.array)[..., 1]
+    assert 0.2 < used.mean() < 0.98
+    first, second = np.moveaxis(np.asarray(drawn.experts.array), -1, 0)
+    np.testing.assert_array_equal(first, always.experts.array[..., 0])
+    np.testing.assert_array_equal(second, np.where(used, always.experts.array[..., 1], EXPERTS))
+    shares = [float(nn.routing.load_of(c.experts, EXPERTS).array.sum()) for c in (always, drawn)]
+    np.testing.assert_allclose(shares, BATCH, rtol=1e-6)
+
+
+def test_the_chance_of_a_second_choice_is_twice_its_share() -> None:
+    router, (x, _) = _second(normalised=False, scores="sigmoid", scale=2.5), _inputs()
+    weights = router(x).weights.array
+    used = np.mean([router(x, key=_key(i)).experts.array[..., 1] < EXPERTS for i in range(200)], 0)
+    chance = np.minimum(1.0, 2 * weights[..., 1] / weights.sum(-1))
+    assert np.abs(used - chance).max() < 0.2 and abs(used.mean() - chance.mean()) < 0.01
+
+
+def _drawn(mixture: nn.MixtureOfExperts, x: mw.Tensor, ids: mw.Tensor) -> Any:
+    y, metrics = mixture(x, key=_key(9))
+    return {"y": y, **metrics._asdict()}
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_a_second_choice_not_drawn_goes_nowhere_under_every_layout(dispatch: str) -> None:
+    embed, experts, ff = mw.dims(embed=EMBED, experts=EXPERTS, ff=FF)
+    gated, router = nn.GatedExperts(embed, experts, ff, key=_key(3)), _second(jitter=0.1)
+    mixture = nn.MixtureOfExperts(router, gated, dispatch=dispatch, factor=0.75)
+    leaves, program = _leaves(mixture, _drawn)
+    over = [*LAYOUTS[::4], Way("data=2", "batch:data, experts:data", {"microbatches": 2})]
+    agree(program, *_inputs(), *leaves, over=over)
+    chosen = router(_inputs()[0], key=_key(9))
+    each = np.ndenumerate(np.asarray(chosen.experts.array))
+    whom = [(*at, int(e), float(chosen.weights.array[at])) for at, e in each if e < EXPERTS]
+    capacity = math.ceil(0.75 * LENGTH * 2 / EXPERTS) if dispatch == "capacity" else LENGTH
+    kept, num_dropped = _placed(whom, capacity)
+    found = program(*_inputs(), *leaves)
+    assert len(whom) < 2 * BATCH * LENGTH and (num_dropped.sum() > 0) == (dispatch == "capacity")
+    _close(found["y"], _dense(gated, kept))
+    _close(found["num_dropped"], num_dropped)
+
+
+def test_a_random_second_is_of_two() -> None:
+    with pytest.raises(ValueError, match=r"random_second is of two choices; num_choices=3. Write num_choices=2"):
+        _second(num_choices=3)

@@ -24,7 +24,7 @@ NOTATION = Notation("Layout: like=", "dim", "name:base or name:base-other", ":",
 
 LIKE = (
     "residual_length:length, attention_length:length-attention_heads-attention_group, attention_heads:heads, "
-    "attention_group:group, routed_batch:batch-experts, routed_length:length-experts"
+    "attention_group:group, routed_batch:batch-experts"
 )
 """What the names that this package's models use inherit."""
 

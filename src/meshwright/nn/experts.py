@@ -49,7 +49,17 @@ from ..ops.slots import from_slots, to_slots
 from ..tensor import Tensor
 from .linear import normal
 from .mlp import GatedMLP
-from .routing import Choices, ExpertChoiceRouter, HashRouter, Slots, TopKRouter, balance_loss, load_of, z_loss
+from .routing import (
+    Choices,
+    ExpertChoiceRouter,
+    HashRouter,
+    Slots,
+    TopKRouter,
+    balance_loss,
+    check_choices,
+    load_of,
+    z_loss,
+)
 
 DISPATCHES = ("capacity", "dropless")
 
@@ -129,7 +139,8 @@ class MixtureOfExperts(eqx.Module):
         num_choices: with expert choice, how many experts choose a token on average.
 
     Raises:
-        ValueError: an unknown dispatch, expert choice without capacity, or a factor or bound that is not positive.
+        ValueError: an unknown dispatch, expert choice without capacity, a router for another number of experts, a
+            number of choices that there cannot be, a bound without dropless, or a factor or bound that is not positive.
     """
 
     router: Router
@@ -159,8 +170,19 @@ class MixtureOfExperts(eqx.Module):
                     "MixtureOfExperts: experts that choose have a number of places, and fill them: nothing is dropped. "
                     'Write dispatch="capacity" with an ExpertChoiceRouter.'
                 )
+            check_choices("MixtureOfExperts", num_choices, experts.gate.dims[0].size)
         else:
             num_choices = router.num_choices
+        if router.num_experts != experts.gate.dims[0].size:
+            raise fail(
+                f"MixtureOfExperts: the router chooses among {router.num_experts} experts, and there are "
+                f"{experts.gate.dims[0]}. Give the router num_experts={experts.gate.dims[0].size}."
+            )
+        if bound is not None and dispatch != "dropless":
+            raise fail(
+                f"MixtureOfExperts: bound={bound} is room for what devices send to one another with "
+                f'dispatch="dropless"; with dispatch={dispatch!r} factor={factor} says how many places there are.'
+            )
         for name, value in (("factor", factor), ("bound", bound)):
             if value is not None and value <= 0:
                 raise fail(f"MixtureOfExperts: {name}={value}; it must be positive. 1 is the even share.")
@@ -175,7 +197,7 @@ class MixtureOfExperts(eqx.Module):
         Args:
             x: the tokens' vectors. Of its dims, ``length`` counts the tokens of a group and ``batch`` the groups.
             ids: the tokens, (batch, length), int32: for a ``HashRouter``.
-            key: for the router's jitter; None for none.
+            key: for the router's jitter and second choices that it draws; None for none.
         """
         num_experts = self.experts.gate.dims[0].size
         length = x.dim("length")
@@ -194,7 +216,8 @@ class MixtureOfExperts(eqx.Module):
         return Dim("capacity", min(places, length.size))
 
     def _dropless(self, x: Tensor, chosen: Choices) -> tuple[Tensor, Numbers]:
-        rows = self.experts.on_rows(to_rows(x, chosen.experts, self.experts.gate.dims[0], self.bound))
+        whom = chosen.experts.reorder(..., "length", "choices")  # by groups
+        rows = self.experts.on_rows(to_rows(x, whom, self.experts.gate.dims[0], self.bound))
         return rows.to_tokens(chosen.weights)
 
     def _placed(self, x: Tensor, chosen: Choices) -> tuple[Tensor, Numbers]:
@@ -219,7 +242,8 @@ def places(chosen: Choices, num_experts: int, capacity: Dim) -> tuple[Slots, Num
     at = where(fits, add(multiply(chosen.experts, capacity.size), place), slots.size)
     groups = without(chosen.experts.dims, ("length", "choices"))
     # Sums into places that one choice each has: between devices, these small sums are all that a split length asks for.
-    behind = scatter_add(zeros((*groups, slots), "int32"), at, subtract(arange(length), length.size), "slots")
+    here = subtract(arange(length, dtype="int32"), length.size)
+    behind = scatter_add(zeros((*groups, slots), "int32"), at, here, "slots")
     weights = scatter_add(zeros((*groups, slots)), at, chosen.weights, "slots")
     source, weights = (
         t.split("slots", routes=routes.size, capacity=capacity.size).reorder("routes", ..., "capacity")
@@ -236,8 +260,8 @@ def _queue(experts: Tensor, routes: Dim) -> Tensor:
         mine = one_hot(experts[{"choices": i}], routes, "int32")
         before = subtract(cumsum(mine, "length"), mine)
         before = before if ahead is None else add(before, ahead)
-        found.append(sum_over(multiply(mine, before), "routes"))
-        count = sum_over(mine, "length")
+        found.append(sum_over(multiply(mine, before), "routes", dtype="int32"))
+        count = sum_over(mine, "length", dtype="int32")
         ahead = count if ahead is None else add(ahead, count)
     return stack(found, experts.dim("choices")).reorder(*experts.names)
 
@@ -255,6 +279,6 @@ def _of_slots(slots: Slots, length: Dim) -> ExpertMetrics:
     seen = scatter_add(zeros((*groups, length), "int32"), slots.source, 1, "length")
     assert slots.logits is not None
     z = z_loss(slots.logits)
-    load = full_like(sum_over(slots.weights, "capacity"), 1.0 / slots.weights.size("routes"))
+    load = full_like(sum_over(slots.weights, "capacity"), 1.0 / slots.weights.size("routes")).reorder(..., "routes")
     num_dropped = sum_over(less(seen, 1), "length").astype("float32")
     return ExpertMetrics(load, num_dropped, zeros_like(z), z)

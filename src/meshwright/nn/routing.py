@@ -7,7 +7,7 @@ every decision is the same under every layout and in every microbatch. Losses an
 dim            what it counts
 =============  ======================================================================
 ``length``     tokens of a group
-``routes``     experts, as a router sees them: a name that no layout splits
+``routes``     experts, as a router sees them: whole, unless a layout splits that very name
 ``choices``    the experts of one token, its first choice first
 ``capacity``   places that an expert has for the tokens of a group
 =============  ======================================================================
@@ -18,7 +18,7 @@ Scores are computed in float32 whatever the dtype of the tokens (Fedus et al., 2
 paper                                 router
 ====================================  =============================================================================
 Switch (Fedus et al., 2021)           ``TopKRouter(num_choices=1, normalised=False, jitter=0.01)``
-GShard (Lepikhin et al., 2020)        ``TopKRouter(num_choices=2)``
+GShard (Lepikhin et al., 2020)        ``TopKRouter(num_choices=2, random_second=True)``
 Mixtral (Jiang et al., 2024)          ``TopKRouter(num_choices=2)``: the softmax over the chosen is the normalised one
 DeepSeek-V3 (DeepSeek-AI, 2024)       ``TopKRouter(num_choices=8, scores="sigmoid", balanced=True, scale=2.5)``
 expert choice (Zhou et al., 2022)     ``ExpertChoiceRouter``
@@ -31,13 +31,16 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 
-from ..dims import Dim
+from ..dims import Dim, without
 from ..errors import fail, nearest
 from ..ops import random
 from ..ops.elementwise import (
+    absolute,
     add,
     bitwise_xor,
     divide,
+    greater,
+    less,
     mod,
     multiply,
     right_shift,
@@ -45,10 +48,12 @@ from ..ops.elementwise import (
     sign,
     stop_gradient,
     subtract,
+    where,
 )
+from ..ops.ids import check_ids
 from ..ops.indexing import one_hot, take
 from ..ops.join import stack
-from ..ops.making import full_like, zeros
+from ..ops.making import arange, full_like, zeros
 from ..ops.order import top_k
 from ..ops.parameter import param
 from ..ops.reduce import logsumexp, mean, softmax
@@ -63,7 +68,8 @@ class Choices(NamedTuple):
     """What the tokens of each group chose."""
 
     experts: Tensor
-    """(batch, length, choices), int32: positions along ``routes``, each token's all different."""
+    """(batch, length, choices), int32: positions along ``routes``, each token's all different; their number where a
+    choice goes nowhere."""
     weights: Tensor
     """(batch, length, choices), float32: what the experts' outputs are multiplied with."""
     shares: Tensor | None = None
@@ -97,9 +103,12 @@ class TopKRouter(eqx.Module):
             ``next_bias`` keeps the load even without a loss (Wang et al., 2024; DeepSeek-V3).
         scale: a factor on the weights.
         jitter: where a key is given, tokens are multiplied with numbers drawn from 1 - jitter to 1 + jitter (Switch).
+        random_second: where a key is given, a token goes to the second of its two choices with a probability of twice
+            that one's share of the weight of both, so always where they are alike, and else to the first alone, whose
+            weight stays what it was (GShard, algorithm 1).
 
     Raises:
-        ValueError: more choices than experts, or unknown scores.
+        ValueError: more choices than experts, unknown scores, or a random second of other than two choices.
     """
 
     linear: Linear
@@ -109,6 +118,7 @@ class TopKRouter(eqx.Module):
     normalised: bool = eqx.field(static=True)
     scale: float = eqx.field(static=True)
     jitter: float = eqx.field(static=True)
+    random_second: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -122,15 +132,23 @@ class TopKRouter(eqx.Module):
         balanced: bool = False,
         scale: float = 1.0,
         jitter: float = 0.0,
+        random_second: bool = False,
     ) -> None:
         if scores not in SCORES:
             raise fail(f"TopKRouter: there are no scores {scores!r}.{nearest(str(scores), SCORES)}")
-        _check_choices("TopKRouter", num_choices, num_experts)
+        check_choices("TopKRouter", num_choices, num_experts)
+        if random_second and num_choices != 2:
+            raise fail(f"TopKRouter: random_second is of two choices; num_choices={num_choices}. Write num_choices=2.")
         routes = Dim("routes", num_experts)
         self.linear = Linear(embed, routes, key=key)
         self.bias = param(zeros(routes)) if balanced else None
         self.num_choices, self.scores, self.normalised = num_choices, scores, normalised
-        self.scale, self.jitter = scale, jitter
+        self.scale, self.jitter, self.random_second = scale, jitter, random_second
+
+    @property
+    def num_experts(self) -> int:
+        """How many there are to choose from."""
+        return self.linear.weight.size("routes")
 
     def __call__(self, x: Tensor, ids: Tensor | None = None, key: jax.Array | None = None) -> Choices:
         """(batch, length, embed) to the choices of its tokens; ``ids`` are not looked at."""
@@ -141,6 +159,9 @@ class TopKRouter(eqx.Module):
         ranked = ranked if self.bias is None else add(ranked, stop_gradient(self.bias))
         _, experts = top_k(ranked, "routes", Dim("choices", self.num_choices))
         weights = take(scores, experts, "routes")
+        if key is not None and self.random_second:
+            used = _second_drawn(weights, jax.random.fold_in(key, 1))  # the key itself is the jitter's
+            experts = where(used, experts, self.num_experts)
         if self.normalised:
             weights = divide(weights, sum_over(weights, "choices"))
         shares = scores if self.scores == "softmax" else divide(scores, sum_over(scores, "routes"))
@@ -165,6 +186,11 @@ class ExpertChoiceRouter(eqx.Module):
 
     def __init__(self, embed: Dim, num_experts: int, *, key: jax.Array, jitter: float = 0.0) -> None:
         self.linear, self.jitter = Linear(embed, Dim("routes", num_experts), key=key), jitter
+
+    @property
+    def num_experts(self) -> int:
+        """How many there are that choose."""
+        return self.linear.weight.size("routes")
 
     def __call__(self, x: Tensor, capacity: Dim, key: jax.Array | None = None) -> Slots:
         """(batch, length, embed) to the tokens that each expert chose: ``capacity`` of them."""
@@ -191,7 +217,7 @@ class HashRouter(eqx.Module):
     seed: int = eqx.field(static=True)
 
     def __init__(self, num_experts: int, *, num_choices: int = 1, seed: int = 0) -> None:
-        _check_choices("HashRouter", num_choices, num_experts)
+        check_choices("HashRouter", num_choices, num_experts)
         self.num_experts, self.num_choices, self.seed = num_experts, num_choices, seed
 
     def __call__(self, x: Tensor, ids: Tensor | None = None, key: jax.Array | None = None) -> Choices:
@@ -199,6 +225,7 @@ class HashRouter(eqx.Module):
         del x, key
         if ids is None:
             raise fail("HashRouter: it chooses by the tokens' ids. Write experts(x, ids=ids).")
+        check_ids(ids, "HashRouter")
         first = mod(_mixed(ids, self.seed), self.num_experts).astype("int32")
         each = [mod(add(first, i), self.num_experts) for i in range(self.num_choices)]
         experts = stack(each, Dim("choices", self.num_choices)).reorder(..., "choices")
@@ -220,7 +247,16 @@ def _logits(linear: Linear, x: Tensor, key: jax.Array | None, jitter: float) -> 
     return linear(wide)
 
 
-def _check_choices(asked: str, num_choices: int, num_experts: int) -> None:
+def _second_drawn(weights: Tensor, key: jax.Array) -> Tensor:
+    """Which of two choices, (…, choices), a token goes to: all first ones, and second ones by their weight."""
+    weights, choices = stop_gradient(weights), weights.dim("choices")
+    twice = divide(multiply(weights, 2.0), sum_over(weights, "choices"))
+    chance = where(less(arange(choices), 1), 1.0, twice)
+    return less(random.uniform(key, without(weights.dims, ("choices",))), chance)
+
+
+def check_choices(asked: str, num_choices: int, num_experts: int) -> None:
+    """Raise a ``ValueError`` unless a token can choose so many experts."""
     if not 1 <= num_choices <= num_experts:
         raise fail(f"{asked}: num_choices={num_choices}; a token chooses from 1 to num_experts={num_experts}.")
 
@@ -229,9 +265,10 @@ def _check_choices(asked: str, num_choices: int, num_experts: int) -> None:
 
 
 def load_of(experts: Tensor, num_experts: int) -> Tensor:
-    """The share of a group's choices that fell on each expert: (batch, routes), float32, adding up to 1."""
-    chosen = one_hot(experts, Dim("routes", num_experts))
-    return multiply(sum_over(chosen, ("length", "choices")), 1.0 / (experts.size("length") * experts.size("choices")))
+    """The share of a group's choices that fell on each expert, of those that go to any: (batch, routes), float32,
+    adding up to 1."""
+    num = sum_over(one_hot(experts, Dim("routes", num_experts)), ("length", "choices"))
+    return divide(num, sum_over(num, "routes"))
 
 
 def balance_loss(load: Tensor, shares: Tensor) -> Tensor | jax.Array:
@@ -253,7 +290,8 @@ def z_loss(logits: Tensor) -> Tensor | jax.Array:
 
 def next_bias(bias: Tensor, load: Tensor, rate: float = 1e-3) -> Tensor:
     """The bias for the next step: ``rate`` more for an expert that had less than its share, less for one that had more
-    (Wang et al., 2024, algorithm 1).
+    (Wang et al., 2024, algorithm 1). One whose load is its share but for rounding keeps its bias: the sign of what
+    rounding leaves would depend on the layout.
 
     Args:
         bias: that of a balanced ``TopKRouter``, (routes), or of a stack of them, (layers, routes).
@@ -262,4 +300,10 @@ def next_bias(bias: Tensor, load: Tensor, rate: float = 1e-3) -> Tensor:
     """
     others = tuple(n for n in load.names if n not in bias.names)
     even = 1.0 / bias.size("routes")
-    return param(add(bias, multiply(sign(subtract(even, mean(load, others) if others else load)), rate)))
+    missing = subtract(even, mean(load, others) if others else load)
+    direction = where(greater(absolute(missing), _ROUNDING * even), sign(missing), 0.0)
+    return param(add(bias, multiply(direction, rate)))
+
+
+_ROUNDING = 1e-5
+"""Of an expert's share: more than sums of many loads in float32 are off by, and less than one choice of 100 000."""

@@ -161,7 +161,7 @@ def _looked_up(array: Any, columns: list[Any], meeting: Meeting, split: Axes) ->
     if not jnp.issubdtype(rows.dtype, jnp.inexact):  # NaN may be added up; of these one device alone says it
         outside = lax.bitwise_and(outside, lax.eq(collectives.index(split), np.int32(0)))
     said = lax.select(outside, lax.full(shape, missing, rows.dtype), lax.full(shape, 0, rows.dtype))
-    return _scattered_back(lax.add(rows, lax.expand_dims(said, range(said.ndim, rows.ndim))), meeting)
+    return scattered_back(lax.add(rows, lax.expand_dims(said, range(said.ndim, rows.ndim))), meeting)
 
 
 def _is_outside(positions: Any, d: Dim) -> Any:
@@ -169,7 +169,7 @@ def _is_outside(positions: Any, d: Dim) -> Any:
     return lax.ge(lax.bitcast_convert_type(positions, jnp.uint32), np.uint32(d.size))
 
 
-def _scattered_back(rows: Any, meeting: Meeting) -> Any:
+def scattered_back(rows: Any, meeting: Meeting) -> Any:
     """The sum over the axes along which ids were joined, each device keeping the rows of its own ids."""
     scope = current_manual()
     for i, d in enumerate(meeting.picked):

@@ -16,6 +16,9 @@ axes along which tokens are whole               nothing: each device has rows fo
                                                 sum over them is pending in the result
 ==============================================  ==============================================================
 
+Where ``choices`` are split, each device has rows for its own, as if these were more tokens; the sum over them is
+pending.
+
 The all-to-all sends each device as many rows as could go there: the most are all tokens of the sender, as often as it
 has experts that one token can choose. ``bound`` makes room for that multiple of an even share instead: what exceeds it
 is left out and counted. (JAX's ``ragged_all_to_all`` would send what there is, but XLA for CPU cannot run it.)
@@ -32,7 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import collectives
-from ..dims import Dim, Dims, find, names_of, without
+from ..dims import Dim, Dims, find, names_of, show, without
+from ..errors import fail
 from ..scope import Axes, Scope, current_manual
 from ..tensor import Tensor, make
 from .ids import all_axes
@@ -41,6 +45,8 @@ from .making import zeros
 
 ASKED = "to_rows"
 CHOICES = "choices"
+ROWS = "routed_rows"
+"""What rows are called for as long as an elementwise operation runs: a name that no layout splits."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Rows:
 
     def _tensor(self) -> Tensor:
         """What is here under names, for as long as an operation runs."""
-        these = (Dim("rows", self.array.shape[0]), *self.dims)
+        these = (Dim(ROWS, self.array.shape[0]), *self.dims)
         return make(self.array, these, asked=ASKED, partial=self.partial)  # type: ignore[no-any-return]
 
     def to_tokens(self, weights: Tensor) -> tuple[Tensor, Tensor | jax.Array]:
@@ -92,7 +98,7 @@ class Rows:
             weights: floating, with the dims of the experts that ``to_rows`` was given.
 
         Returns:
-            (the tokens' dims, those of a row), and a float32 tensor of the tokens' dims but the last, or a scalar.
+            (the tokens' dims, that of a row), and a float32 tensor of the tokens' dims but the last, or a scalar.
         """
         way = self.way
         want = way.want.union(self.partial, wanted(ASKED, self.dims))
@@ -102,7 +108,8 @@ class Rows:
         blank = collectives.vary(jnp.zeros((way.num_tokens, array.shape[1]), array.dtype), want)
         added = blank.at[picks // way.num_choices].add(array, mode="drop")
         out = (*way.tokens, *self.dims)
-        result = make(added.reshape(local_sizes(out, ASKED)), out, asked=ASKED, partial=self.partial + way.apart)
+        partial = self.partial + way.apart + all_axes((way.choices,))
+        result = make(added.reshape(local_sizes(out, ASKED)), out, asked=ASKED, partial=partial)
         return result, way.num_overflown()
 
 
@@ -112,17 +119,17 @@ class _Way:
 
     experts: Dim
     tokens: Dims
-    num_choices: int
+    choices: Dim
     want: frozenset[str]
     apart: Axes
-    """Axes along which tokens are whole and experts are split."""
+    """Axes along which tokens and choices are whole and experts are split."""
     together: Axes
     """Axes that split both."""
     num_sent: int
     """Devices along these."""
     picks: Any
-    """For each place that is sent, which choice it holds, counted through this device's tokens and their choices; one
-    beyond all of them for none."""
+    """For each place that is sent, which choice it holds, counted through this device's tokens and its choices of
+    theirs; one beyond all of them for none."""
     mine: Any
     """For each choice, whether this device, or one that it sends to, has that expert."""
     exact: bool
@@ -132,7 +139,12 @@ class _Way:
 
     @property
     def chosen(self) -> Dims:
-        return (*self.tokens, Dim(CHOICES, self.num_choices))
+        return (*self.tokens, self.choices)
+
+    @property
+    def num_choices(self) -> int:
+        """On this device, of each of its tokens."""
+        return local_sizes((self.choices,), ASKED)[0]
 
     @property
     def num_tokens(self) -> int:
@@ -146,7 +158,7 @@ class _Way:
         kept = jnp.zeros_like(self.mine).at[self.picks].set(True, mode="drop")
         lost = (self.mine & ~kept).reshape(local_sizes(self.chosen, ASKED))
         num = jnp.sum(lost, (-2, -1), dtype=jnp.float32)
-        return make(num, groups, asked=ASKED, partial=self.apart + all_axes((last,)))
+        return make(num, groups, asked=ASKED, partial=self.apart + all_axes((last, self.choices)))
 
     def sent_back(self, array: Any) -> Any:
         """Rows sorted by expert, as the devices sent them that asked."""
@@ -173,23 +185,27 @@ def to_rows(x: Tensor, experts: Tensor, among: Dim, bound: float | None = None) 
         bound: room for the rows that one device may send to another, as a multiple of the even share; None: for all
             that may come.
     """
-    tokens, num_choices = without(experts.dims, (CHOICES,)), experts.size(CHOICES)
+    choices, tokens = find(experts.dims, CHOICES, ASKED), without(experts.dims, (CHOICES,))
+    num_choices = local_sizes((choices,), ASKED)[0]
     row = without(x.dims, names_of(tokens))
+    _check(x, experts, row)
     places = wanted(ASKED, experts.dims) | wanted(ASKED, (among,))
     want = places | wanted(ASKED, x.dims)
     values = align(x.local(want), x.dims, tokens + row)
     values = values.reshape(-1, values.shape[-1])
-    chosen = align(experts.local(places), experts.dims, (*tokens, find(experts.dims, CHOICES, ASKED))).reshape(-1)
-    owners = _Owners.of(among, tokens)
+    chosen = align(experts.local(places), experts.dims, (*tokens, choices)).reshape(-1)
+    owners = _Owners.of(among, (*tokens, choices))
     key, mine = owners.key(chosen, among.size)
     most, room = (owners.room(values.shape[0], num_choices, limit) for limit in (None, bound))
-    order = jnp.argsort(key, stable=True)
-    num = jnp.sum(key[:, None] == jnp.arange(owners.num_sent * owners.num_own)[None], axis=0, dtype=jnp.int32)
+    order = jnp.argsort(key, stable=True).astype(jnp.int32)
+    every = jnp.arange(owners.num_sent * owners.num_own, dtype=jnp.int32)
+    num = jnp.sum(key[:, None] == every[None], axis=0, dtype=jnp.int32)
     num = num.reshape(owners.num_sent, owners.num_own)
     ends = jnp.minimum(jnp.cumsum(num, 1), room)
     sizes = jnp.diff(ends, axis=1, prepend=0)
-    first = jnp.cumsum(num.sum(1)) - num.sum(1)
-    place = jnp.arange(room)[None]
+    sent = num.sum(1, dtype=jnp.int32)
+    first = jnp.cumsum(sent) - sent
+    place = jnp.arange(room, dtype=jnp.int32)[None]
     held = jnp.take(order, first[:, None] + place, mode="clip")
     picks = jnp.where(place < ends[:, -1:], held, chosen.shape[0])
     rows = jnp.take(values, collectives.vary(picks // num_choices, want), axis=0, mode="fill", fill_value=0)
@@ -204,7 +220,7 @@ def to_rows(x: Tensor, experts: Tensor, among: Dim, bound: float | None = None) 
     way = _Way(
         experts=among,
         tokens=tokens,
-        num_choices=num_choices,
+        choices=choices,
         want=want,
         apart=owners.apart,
         together=owners.together,
@@ -217,6 +233,20 @@ def to_rows(x: Tensor, experts: Tensor, among: Dim, bound: float | None = None) 
     return Rows(rows, sizes.sum(0, dtype=jnp.int32), row, (), way)
 
 
+def _check(x: Tensor, experts: Tensor, row: Dims) -> None:
+    if len(row) != 1:
+        raise fail(
+            f"{ASKED}: a row has one dim, and of x ({show(x.dims)}) {len(row)} are not among the dims of the experts "
+            f"that tokens choose ({show(experts.dims)}): ({show(row)}).\n  Give the choices every dim of x but one: "
+            f"each token has its own."
+        )
+    if (scope := current_manual()) is not None and (axes := scope.axes_of(ROWS)):
+        raise fail(
+            f"{ASKED}: the layout {scope.where} splits {ROWS!r} over {' x '.join(map(repr, axes))}. How many rows a "
+            f"device has depends on where the experts are, which their own name says: leave {ROWS!r} out."
+        )
+
+
 @dataclass(frozen=True)
 class _Owners:
     """Which devices have which experts."""
@@ -225,13 +255,13 @@ class _Owners:
     axes: Axes
     """Over which experts are split."""
     together: Axes
-    """Those of them that split tokens too."""
+    """Those of them that split tokens or choices too."""
     num_own: int
     """Experts on a device."""
 
     @classmethod
-    def of(cls, among: Dim, tokens: Dims) -> "_Owners":
-        axes, over = all_axes((among,)), all_axes(tokens)
+    def of(cls, among: Dim, chosen: Dims) -> "_Owners":
+        axes, over = all_axes((among,)), all_axes(chosen)
         return cls(current_manual(), axes, tuple(a for a in axes if a in over), local_sizes((among,), ASKED)[0])
 
     @property

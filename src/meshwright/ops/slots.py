@@ -11,13 +11,15 @@ hold, and what comes out is smaller than what goes in (a token lies in several s
 wait until after it: a sum over devices that a contraction has left, and slots that are split over devices although
 their name is not, of which each device adds up its own.
 
-========================================  ===========================================================
-split                                     between devices
-========================================  ===========================================================
-the tokens' dim, into slots               the sum over the devices is pending (each has tokens of its own)
-the tokens' dim, from slots               nothing; where slots are split over its axes, a reduce-scatter
-slots held in shares, from slots          the sum over the devices is pending
-========================================  ===========================================================
+==============================================  ===========================================================
+split                                           between devices
+==============================================  ===========================================================
+the tokens' dim, into slots                     the sum over the devices is pending (each has tokens of its own)
+the tokens' dim, from slots                     nothing; where slots are held in shares over its axes, a
+                                                reduce-scatter
+slots, by name or in shares, from slots         the sum over the devices is pending
+the tokens' dim and slots by name, on one axis  slots are joined along it, and what they read reduce-scattered
+==============================================  ===========================================================
 """
 
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from ..scope import Axes, Split
 from ..summing import PLAIN
 from ..tensor import Tensor, make
 from .ids import Meeting, all_axes, from_first_held
+from .indexing import scattered_back
 from .lowering import align, local_sizes, run, wanted
 
 ASKED = "from_slots"
@@ -49,14 +52,16 @@ def to_slots(x: Tensor, source: Tensor, name: str) -> Tensor:
     """
     asked = "to_slots"
     over = find(x.dims, name, asked)
-    meeting = Meeting(x.dims, (name,), source.dims)
+    meeting = Meeting(x.dims, (name,), source.dims, joined=_on_both(over, source.dims))
 
     def local(array: Any, ids: Any) -> Any:
-        return meeting.read(array, from_first_held(ids, over, asked)[..., None], 0)
+        ids = from_first_held(meeting.join(ids, source.dims), over, asked)
+        return scattered_back(meeting.read(array, ids[..., None], 0), meeting)
 
     out = meeting.picked + meeting.kept
     result = run(local, [x, source], wanted(asked, x.dims, out), linear=True)
-    return make(result, out, asked=asked, partial=all_axes((over,)))  # type: ignore[no-any-return]
+    partial = tuple(a for a in all_axes((over,)) if a not in meeting.joined)
+    return make(result, out, asked=asked, partial=partial)  # type: ignore[no-any-return]
 
 
 def from_slots(x: Tensor, source: Tensor, weights: Tensor, over: Dim) -> Tensor:
@@ -77,8 +82,9 @@ def from_slots(x: Tensor, source: Tensor, weights: Tensor, over: Dim) -> Tensor:
     how = _How.of(x, over)
     want = wanted(ASKED, x.dims, out).union(how.pending, how.shares, how.joined)
     values = collectives.vary(x.held, want) if how.waits else x.local(want)
-    meeting = Meeting(out, (over.name,), source.dims)
-    ids, gates = (how.own(t.local(want), t.dims, x) for t in (source, weights))
+    meeting = Meeting(out, (over.name,), source.dims, joined=_on_both(over, source.dims))
+    ids, gates = (meeting.join(how.own(t.local(want), t.dims, x), t.dims) for t in (source, weights))
+    values = meeting.join(values, x.dims)
     weighted = values * align(gates, source.dims, x.dims).astype(x.dtype)
     updates = align(weighted, x.dims, meeting.picked + meeting.kept)
     shape = local_sizes(out, ASKED)
@@ -91,10 +97,21 @@ def from_slots(x: Tensor, source: Tensor, weights: Tensor, over: Dim) -> Tensor:
     if how.joined:
         sums = x.scope.sums if x.scope is not None else PLAIN
         result = collectives.sum_scatter(result, how.joined, out.index(over), sums)
-    return make(result, out, asked=ASKED, partial=how.pending + how.shares)  # type: ignore[no-any-return]
+    named = tuple(a for a in all_axes(_slots(source.dims)) if a not in meeting.joined)
+    return make(result, out, asked=ASKED, partial=how.pending + how.shares + named)  # type: ignore[no-any-return]
 
 
 SLOTS = ("routes", "capacity")
+
+
+def _slots(these: Dims) -> Dims:
+    return tuple(d for d in these if d.name in SLOTS)
+
+
+def _on_both(over: Dim, these: Dims) -> Axes:
+    """The axes that split both the tokens and, by their names, the slots."""
+    across = all_axes((over,))
+    return tuple(a for a in all_axes(_slots(these)) if a in across)
 
 
 @dataclass(frozen=True)
