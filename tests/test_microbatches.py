@@ -112,6 +112,22 @@ def test_a_scan_over_layers_sums_and_rematerialises_as_ever() -> None:
     agree(layered, stack, OUT, X * 0.1, over=MANY[:6])
 
 
+@mw.custom_vjp
+def halved(x: Tensor, w: Tensor) -> Tensor:
+    """A product with half its gradient."""
+    return mw.dot(x, w, "embed")
+
+
+halved.defvjp(
+    lambda x, w: (mw.dot(x, w, "embed"), (x, w)),
+    lambda kept, g: (mw.dot(g, kept[1], "ff") * 0.5, mw.einsum(kept[0], g, out=("embed", "ff")) * 0.5),
+)
+
+
+def test_a_gradient_by_a_rule_of_ones_own_is_added_up_too() -> None:
+    agree(lambda w, x: mw.mean(mw.tanh(halved(x, w)) ** 2), IN, X * 0.1, over=MANY)
+
+
 # What it communicates
 
 

@@ -167,6 +167,8 @@ def _varied_by(jaxpr: Jaxpr, eqn: Any, i: int) -> frozenset[str] | None:
     name, body = eqn.primitive.name, inner(eqn)
     if name == "pvary":
         return frozenset(eqn.params["axes"])
+    if name == "custom_vjp_call":  # its rule gives a gradient for what came, and may have summed it already
+        return frozenset()
     if body is not None:
         return waits_over(body, body.invars[i])
     if name == "scan":
