@@ -12,7 +12,7 @@ import pytest
 import meshwright as mw
 from meshwright import Tensor
 
-from .laws import Way, agree, tensor
+from .laws import Way, agree, assert_same, tensor
 
 B, L, E, F, N = mw.dims(batch=16, length=4, embed=8, ff=16, layers=4)
 X = tensor(B, L, E, seed=1)
@@ -126,6 +126,65 @@ halved.defvjp(
 
 def test_a_gradient_by_a_rule_of_ones_own_is_added_up_too() -> None:
     agree(lambda w, x: mw.mean(mw.tanh(halved(x, w)) ** 2), IN, X * 0.1, over=MANY)
+
+
+def with_rule(function: Any, backward: Any) -> Any:
+    """A function of tensors whose backward rule sees its arguments and the gradient of its result."""
+    made = mw.custom_vjp(function)
+    made.defvjp(lambda *args: (function(*args), args), backward)
+    return made
+
+
+HEATED = with_rule(lambda x, t: x * t, lambda kept, g: (g * kept[1], mw.sum(g * kept[0]) * 3.0))
+SQUARED = with_rule(lambda x: mw.sum(x * x), lambda kept, g: (kept[0] * g * 2.0,))
+ROUNDED = with_rule(lambda w: mw.round(w), lambda kept, g: (g,))
+
+
+@mw.custom_jvp
+def tripled(x: Tensor) -> Any:
+    return mw.sum(x * x)
+
+
+@tripled.defjvp
+def _tripled(primals: Any, tangents: Any) -> Any:
+    return mw.sum(primals[0] * primals[0]), mw.sum(primals[0] * tangents[0]) * 6.0
+
+
+def test_rules_may_add_to_sums_over_the_batch() -> None:
+    def program(w: Tensor, t: Any, x: Tensor) -> Any:
+        h = HEATED(mw.dot(x, ROUNDED(w * 3.0), "embed"), t)
+        return SQUARED(h) + tripled(h)
+
+    def result(region: Any) -> Any:
+        return jax.jit(jax.value_and_grad(region(program), (0, 1, 2)))(IN, jnp.float32(1.5), X * 0.1)
+
+    expected = result(lambda fn: fn)
+    for way in (*MANY[:2], MANY[4], MANY[5], MANY[7]):
+        assert_same(result(way.region), expected, str(way))
+
+
+def test_rules_that_take_one_microbatch_for_the_batch_are_refused() -> None:
+    def scaled(kept: Any, g: Any) -> Any:
+        return (g / mw.sqrt(mw.sum(g * g)),)
+
+    centred = with_rule(lambda x: x * 1.0, lambda kept, g: (g - mw.mean(g, "batch"),))
+    per_batch = with_rule(lambda x: x * 1.0, scaled)
+    decayed = with_rule(lambda w: w * 1.0, lambda kept, g: (g + kept[0],))
+
+    def message(fn: Callable[[Tensor, Tensor], Any]) -> str:
+        region = Way("data=2", "batch:data", {"microbatches": 4}).region(fn)
+        with pytest.raises(ValueError, match="microbatches") as caught:
+            jax.jit(jax.grad(region))(IN, X)
+        return str(caught.value)
+
+    def product(w: Tensor, x: Tensor) -> Tensor:
+        return mw.dot(x, w, "embed")
+
+    assert "for the whole sum" in message(lambda w, x: mw.mean(centred(product(w, x)) ** 2))
+    assert "before all microbatches are in" in message(lambda w, x: mw.mean(per_batch(product(w, x)) ** 2))
+    assert "before all microbatches are in" in message(lambda w, x: mw.mean(product(per_batch(w), x) ** 2))
+    assert "for the whole sum" in message(lambda w, x: mw.mean(product(decayed(w), x) ** 2))
+    assert "is to be counted once" in message(lambda w, x: SQUARED(product(w, x)) + mw.sum(w * w))
 
 
 # What it communicates

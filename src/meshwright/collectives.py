@@ -28,9 +28,9 @@ else can be had along it (``microbatches/``).
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -70,6 +70,10 @@ class Turn:
     in_step: bool = False
     """Whether the devices' runtime lets no permute begin before every device is there, as XLA's for CPUs does: devices
     at other stages never come, so a permute among those of one stage is a gather there."""
+    in_rule: bool = False
+    """Whether the rule of a custom gradient is being traced to see what it does."""
+    judge: Callable[..., None] | None = None
+    """What such a trace is held against (``microbatches/sums.py``)."""
 
 
 _turn = jax.make_user_context(None)
@@ -167,7 +171,8 @@ def _summed_later(x: Array, now: Axes, sums: Summing) -> Array:
     """The addend of one microbatch, marked as such: whoever runs the microbatches adds them up."""
     if _turn.value.without_sums:
         return all_sum(jnp.zeros_like(x), now, sums) if now else jnp.zeros_like(x)
-    return _marked(all_sum(x, now, sums) if now else x)
+    total = all_sum(x, now, sums) if now else x
+    return _marked(total) if _turn.value.traced_first or _turn.value.in_rule else total
 
 
 @jax.custom_jvp
@@ -184,6 +189,23 @@ def _marked_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, A
             "microbatches= out of the layout."
         )
     return _marked(*primals), tangents[0]
+
+
+def check_rule(rule: Callable[..., Sequence[Array]], given: Sequence[Array], parts: Sequence[bool]) -> None:
+    """Hold the rule of a custom gradient against what may be done with sums over microbatches, while there are any.
+
+    Args:
+        rule: of arrays to arrays; it is traced, not run.
+        given: its arguments; each is one microbatch's addend.
+        parts: for each result, filled in by the rule, whether it has the dim that microbatches divide.
+
+    Raises:
+        ValueError: the rule takes one microbatch's addend for the sum.
+    """
+    turn = _turn.value
+    if turn is not None and turn.judge is not None:
+        with taking(replace(turn, traced_first=False, in_rule=True)):
+            turn.judge(jax.make_jaxpr(rule)(*given), parts)
 
 
 def _added(x: Array, axes: Axes, sums: Summing) -> Array:

@@ -29,7 +29,7 @@ from .accumulate import Accumulated, Function
 from .cut import cut, has_stages, leads_through_stages
 from .pipeline import Pipelined
 from .results import Arrays, Results, Within, counted_once
-from .sums import PART, SAME, SHIFTED, kinds, waits_over
+from .sums import PART, SAME, SHIFTED, check_rule, kinds, sums_under_rules, waits_over
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,13 @@ class Microbatches:
     def _program(self, once: "_Once", trace: Any, arrays: Arrays, results: Results, stages: Stages | None) -> Any:
         same = None
         if SHIFTED in results.kinds:
+            if sums_under_rules(trace.jaxpr):
+                raise fail(
+                    "microbatches: a function with a custom gradient sums over the dim that microbatches divide, and "
+                    "something that does not depend on the batch (a penalty) is added to a sum: it is to be counted "
+                    "once.\n  Let that function keep the dim and sum what it returns, or add the rest outside the "
+                    "region."
+                )
             alone = once.traced(arrays, stages, without_sums=True)
             if stages is not None and leads_through_stages(alone, [k == SHIFTED for k in results.kinds]):
                 raise fail(
@@ -125,7 +132,8 @@ class _Once:
 
         @contextmanager
         def on(i: Any) -> Iterator[None]:
-            with taking(Turn(i, self.num, without_sums, _apart(stages), first, self.in_step)), staging(stages):
+            turn = Turn(i, self.num, without_sums, _apart(stages), first, self.in_step, judge=check_rule)
+            with taking(turn), staging(stages):
                 yield
 
         return on
