@@ -187,6 +187,33 @@ def test_rules_that_take_one_microbatch_for_the_batch_are_refused() -> None:
     assert "is to be counted once" in message(lambda w, x: SQUARED(product(w, x)) + mw.sum(w * w))
 
 
+def test_a_scale_beyond_float16_is_no_infinity() -> None:
+    w = mw.param(IN.astype("float16"))
+
+    def small(w: Tensor, x: Tensor) -> Any:
+        return 1e-3 * mw.mean(mw.dot(x.astype("float16"), w, "embed").astype("float32") ** 2)
+
+    def gradient(region: Any) -> Any:
+        return jax.jit(jax.grad(lambda w: 1e5 * region(small)(w, X)))(w).astype("float32")
+
+    assert_same(gradient(MANY[1].region), gradient(lambda fn: fn), "scaled", relative=0.01)
+
+
+@pytest.mark.parametrize("options", [{}, {"params": "data"}], ids=str)
+def test_sums_are_as_wide_over_microbatches_as_over_devices(options: dict[str, str]) -> None:
+    many = tensor(mw.Dim("batch", 256), E, seed=1)
+    narrow = mw.param(IN.astype("bfloat16"))
+
+    def squares(w: Tensor, x: Tensor) -> Any:
+        h = mw.dot(x.astype(w.dtype), w, "embed")
+        return mw.mean(h * h)
+
+    way = Way("data=2", "batch:data", {"microbatches": 128, "sums": "float32", **options})
+    expected, found = (jax.jit(jax.value_and_grad(f))(narrow, many) for f in (squares, way.region(squares)))
+    as_wide = [jax.tree.map(lambda x: x.astype("float32"), given) for given in (found, expected)]
+    assert_same(*as_wide, "bfloat16", relative=2**-7)
+
+
 # What it communicates
 
 
@@ -283,6 +310,16 @@ def test_a_gradient_of_anything_but_the_loss_is_refused() -> None:
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         mw.Layout("batch:data", **options)
+
+
+def test_a_gradient_in_what_a_region_closes_over_is_refused() -> None:
+    def closing(t: Any) -> Any:
+        inside = Way("data=2", "batch:data", {"microbatches": 4}).region(lambda x: mw.mean(x * t))
+        return inside(X)
+
+    assert jax.jit(closing)(2.0) == pytest.approx(2.0 * float(mw.mean(X)))
+    with pytest.raises(ValueError, match=r"in a value that the function given to mw\.spmd closes over"):
+        jax.jit(jax.grad(closing))(2.0)
 
 
 def test_a_region_without_a_batch_runs_as_ever() -> None:

@@ -123,11 +123,6 @@ def _vary_for_steps_jvp(
     return _vary_for_steps(*primals, axes, sums), linear_call(tangent, transposed, (), *tangents)
 
 
-def zeros_like(x: Array) -> Array:
-    """Zeros that vary as ``x`` does."""
-    return vary(jnp.zeros(x.shape, x.dtype), varies_over(x))
-
-
 def index(axes: Axes) -> Array:
     """This device's position along ``axes``: an int32 scalar."""
     if TIME not in axes:
@@ -387,9 +382,17 @@ def from_first(x: Array, axes: Axes, sums: Summing = PLAIN) -> Array:
 
     Its gradient goes to the first device only, so that a later sum over the devices counts it once.
     """
+    return from_one(x, index(axes) == 0, axes, sums)
+
+
+def from_one(x: Array, is_it: Array, axes: Axes, sums: Summing = PLAIN) -> Array:
+    """The value of the one device along ``axes`` for which ``is_it`` holds, on every device: one all-reduce."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = from_one(jax.random.key_data(x), is_it, axes, sums)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     if x.dtype == jnp.bool_:
-        return from_first(x.astype(jnp.int32), axes, sums) > 0
-    return _added(jnp.where(index(axes) == 0, x, jnp.zeros_like(x)), axes, sums)
+        return from_one(x.astype(jnp.int32), is_it, axes, sums) > 0
+    return _added(vary(jnp.where(is_it, x, jnp.zeros_like(x)), frozenset(axes)), axes, sums)
 
 
 def constrain(x: Array, mesh: Any, split: Sequence[Axes]) -> Array:

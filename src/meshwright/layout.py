@@ -135,7 +135,8 @@ class Layout:
         gather: when a parameter at rest is gathered: ``"use"``, at each use, again in the backward pass, or ``"step"``,
             once where it enters a region.
         strict: whether a rule whose dim a region never meets is an error; otherwise a warning.
-        sums: the floating dtype in which sums across devices are taken ("float32"); None: the dtype of the operand.
+        sums: the floating dtype in which sums across devices are taken ("float32"), and those over microbatches if it
+            is wider than theirs; None: the dtype of the operand.
         overlap: an axis, or several ("(model,pod)"), over which a gather that feeds a product, or the sum of one that
             ends split, goes on beside it: the product is made slice by slice, while the next one is on its way
             (``ops/overlap.py``). Without effect under ``partitioner="xla"``.
