@@ -343,3 +343,35 @@ def test_what_would_take_one_microbatch_for_the_batch_is_refused() -> None:
     assert "cannot be put together" in refused(lambda x: mw.broadcast(mw.mean(x), (B,)), X)
     assert "before all microbatches" in refused(lambda x: mw.sum(mw.broadcast(mw.mean(x), (B,))), X)
     assert "used by 'div'" in refused(lambda x: jax.lax.div(mw.sum(x), jnp.int32(40)), IDS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"microbatches": "bach:4"},
+            "microbatches= over 'bach' was not used: .* Did you mean 'batch'",
+        ),
+        ({"microbatches": 4, "pipeline": "blocks"}, "pipeline= was not used: .* a rule for 'blocks'"),
+        ({"schedule": "gpipe", "virtual_stages": 2}, "schedule=, virtual_stages= was not used: .*microbatches="),
+        (
+            {"like": "lenth:length"},
+            "like= for 'lenth' was not used: .* Did you mean 'length'",
+        ),
+        ({"like": "length:bach"}, "like= for 'length' speaks of 'bach', which has no rule.*Did you mean 'batch'"),
+    ],
+)
+def test_an_option_of_no_use_is_told(options: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        Way("data=2", "batch:data", options).region(lambda x: mw.mean(x))(X)
+    with pytest.raises(ValueError, match=message):
+        Way("data=2", "batch:data", {**options, "strict": True}).region(lambda x: mw.mean(x))(X)
+
+
+def test_an_option_for_an_axis_of_one_device_is_of_use() -> None:
+    options = {"microbatches": 4, "virtual_stages": 2, "schedule": "gpipe", "strict": True}
+
+    def folded(w: Tensor, x: Tensor) -> Any:
+        return mw.mean(mw.fold(lambda h, w: h * w, x, w, over="layers"))
+
+    Way("pipe=1", "batch:pipe, layers:pipe", options).region(folded)(tensor(N, E, role="parameter"), X)
