@@ -211,7 +211,7 @@ def test_sums_are_as_wide_over_microbatches_as_over_devices(options: dict[str, s
     way = Way("data=2", "batch:data", {"microbatches": 128, "sums": "float32", **options})
     expected, found = (jax.jit(jax.value_and_grad(f))(narrow, many) for f in (squares, way.region(squares)))
     as_wide = [jax.tree.map(lambda x: x.astype("float32"), given) for given in (found, expected)]
-    assert_same(*as_wide, "bfloat16", relative=2**-7)
+    assert_same(as_wide[0], as_wide[1], "bfloat16", relative=2**-7)
 
 
 # What it communicates
