@@ -12,7 +12,7 @@ import pytest
 import meshwright as mw
 from meshwright import Tensor
 
-from .laws import Way, agree, tensor
+from .laws import Way, agree, assert_same, tensor
 
 B, L, E, F, N = mw.dims(batch=16, length=4, embed=8, ff=16, layers=4)
 X = tensor(B, L, E, seed=1)
@@ -110,6 +110,108 @@ def test_a_scan_over_layers_sums_and_rematerialises_as_ever() -> None:
         return mw.mean(h) + 0.1 * total
 
     agree(layered, stack, OUT, X * 0.1, over=MANY[:6])
+
+
+@mw.custom_vjp
+def halved(x: Tensor, w: Tensor) -> Tensor:
+    """A product with half its gradient."""
+    return mw.dot(x, w, "embed")
+
+
+halved.defvjp(
+    lambda x, w: (mw.dot(x, w, "embed"), (x, w)),
+    lambda kept, g: (mw.dot(g, kept[1], "ff") * 0.5, mw.einsum(kept[0], g, out=("embed", "ff")) * 0.5),
+)
+
+
+def test_a_gradient_by_a_rule_of_ones_own_is_added_up_too() -> None:
+    agree(lambda w, x: mw.mean(mw.tanh(halved(x, w)) ** 2), IN, X * 0.1, over=MANY)
+
+
+def with_rule(function: Any, backward: Any) -> Any:
+    """A function of tensors whose backward rule sees its arguments and the gradient of its result."""
+    made = mw.custom_vjp(function)
+    made.defvjp(lambda *args: (function(*args), args), backward)
+    return made
+
+
+HEATED = with_rule(lambda x, t: x * t, lambda kept, g: (g * kept[1], mw.sum(g * kept[0]) * 3.0))
+SQUARED = with_rule(lambda x: mw.sum(x * x), lambda kept, g: (kept[0] * g * 2.0,))
+ROUNDED = with_rule(lambda w: mw.round(w), lambda kept, g: (g,))
+
+
+@mw.custom_jvp
+def tripled(x: Tensor) -> Any:
+    return mw.sum(x * x)
+
+
+@tripled.defjvp
+def _tripled(primals: Any, tangents: Any) -> Any:
+    return mw.sum(primals[0] * primals[0]), mw.sum(primals[0] * tangents[0]) * 6.0
+
+
+def test_rules_may_add_to_sums_over_the_batch() -> None:
+    def program(w: Tensor, t: Any, x: Tensor) -> Any:
+        h = HEATED(mw.dot(x, ROUNDED(w * 3.0), "embed"), t)
+        return SQUARED(h) + tripled(h)
+
+    def result(region: Any) -> Any:
+        return jax.jit(jax.value_and_grad(region(program), (0, 1, 2)))(IN, jnp.float32(1.5), X * 0.1)
+
+    expected = result(lambda fn: fn)
+    for way in (*MANY[:2], MANY[4], MANY[5], MANY[7]):
+        assert_same(result(way.region), expected, str(way))
+
+
+def test_rules_that_take_one_microbatch_for_the_batch_are_refused() -> None:
+    def scaled(kept: Any, g: Any) -> Any:
+        return (g / mw.sqrt(mw.sum(g * g)),)
+
+    centred = with_rule(lambda x: x * 1.0, lambda kept, g: (g - mw.mean(g, "batch"),))
+    per_batch = with_rule(lambda x: x * 1.0, scaled)
+    decayed = with_rule(lambda w: w * 1.0, lambda kept, g: (g + kept[0],))
+
+    def message(fn: Callable[[Tensor, Tensor], Any]) -> str:
+        region = Way("data=2", "batch:data", {"microbatches": 4}).region(fn)
+        with pytest.raises(ValueError, match="microbatches") as caught:
+            jax.jit(jax.grad(region))(IN, X)
+        return str(caught.value)
+
+    def product(w: Tensor, x: Tensor) -> Tensor:
+        return mw.dot(x, w, "embed")
+
+    assert "for the whole sum" in message(lambda w, x: mw.mean(centred(product(w, x)) ** 2))
+    assert "before all microbatches are in" in message(lambda w, x: mw.mean(per_batch(product(w, x)) ** 2))
+    assert "before all microbatches are in" in message(lambda w, x: mw.mean(product(per_batch(w), x) ** 2))
+    assert "for the whole sum" in message(lambda w, x: mw.mean(product(decayed(w), x) ** 2))
+    assert "is to be counted once" in message(lambda w, x: SQUARED(product(w, x)) + mw.sum(w * w))
+
+
+def test_a_scale_beyond_float16_is_no_infinity() -> None:
+    w = mw.param(IN.astype("float16"))
+
+    def small(w: Tensor, x: Tensor) -> Any:
+        return 1e-3 * mw.mean(mw.dot(x.astype("float16"), w, "embed").astype("float32") ** 2)
+
+    def gradient(region: Any) -> Any:
+        return jax.jit(jax.grad(lambda w: 1e5 * region(small)(w, X)))(w).astype("float32")
+
+    assert_same(gradient(MANY[1].region), gradient(lambda fn: fn), "scaled", relative=0.01)
+
+
+@pytest.mark.parametrize("options", [{}, {"params": "data"}], ids=str)
+def test_sums_are_as_wide_over_microbatches_as_over_devices(options: dict[str, str]) -> None:
+    many = tensor(mw.Dim("batch", 256), E, seed=1)
+    narrow = mw.param(IN.astype("bfloat16"))
+
+    def squares(w: Tensor, x: Tensor) -> Any:
+        h = mw.dot(x.astype(w.dtype), w, "embed")
+        return mw.mean(h * h)
+
+    way = Way("data=2", "batch:data", {"microbatches": 128, "sums": "float32", **options})
+    expected, found = (jax.jit(jax.value_and_grad(f))(narrow, many) for f in (squares, way.region(squares)))
+    as_wide = [jax.tree.map(lambda x: x.astype("float32"), given) for given in (found, expected)]
+    assert_same(as_wide[0], as_wide[1], "bfloat16", relative=2**-7)
 
 
 # What it communicates
@@ -210,6 +312,16 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
         mw.Layout("batch:data", **options)
 
 
+def test_a_gradient_in_what_a_region_closes_over_is_refused() -> None:
+    def closing(t: Any) -> Any:
+        inside = Way("data=2", "batch:data", {"microbatches": 4}).region(lambda x: mw.mean(x * t))
+        return inside(X)
+
+    assert jax.jit(closing)(2.0) == pytest.approx(2.0 * float(mw.mean(X)))
+    with pytest.raises(ValueError, match=r"in a value that the function given to mw\.spmd closes over"):
+        jax.jit(jax.grad(closing))(2.0)
+
+
 def test_a_region_without_a_batch_runs_as_ever() -> None:
     inside = Way("data=2", "embed:data", {"microbatches": 4}).region(lambda w: w * 2.0)
     np.testing.assert_array_equal(inside(IN).array, IN.array * 2.0)
@@ -231,3 +343,35 @@ def test_what_would_take_one_microbatch_for_the_batch_is_refused() -> None:
     assert "cannot be put together" in refused(lambda x: mw.broadcast(mw.mean(x), (B,)), X)
     assert "before all microbatches" in refused(lambda x: mw.sum(mw.broadcast(mw.mean(x), (B,))), X)
     assert "used by 'div'" in refused(lambda x: jax.lax.div(mw.sum(x), jnp.int32(40)), IDS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"microbatches": "bach:4"},
+            "microbatches= over 'bach' was not used: .* Did you mean 'batch'",
+        ),
+        ({"microbatches": 4, "pipeline": "blocks"}, "pipeline= was not used: .* a rule for 'blocks'"),
+        ({"schedule": "gpipe", "virtual_stages": 2}, "schedule=, virtual_stages= was not used: .*microbatches="),
+        (
+            {"like": "lenth:length"},
+            "like= for 'lenth' was not used: .* Did you mean 'length'",
+        ),
+        ({"like": "length:bach"}, "like= for 'length' speaks of 'bach', which has no rule.*Did you mean 'batch'"),
+    ],
+)
+def test_an_option_of_no_use_is_told(options: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        Way("data=2", "batch:data", options).region(lambda x: mw.mean(x))(X)
+    with pytest.raises(ValueError, match=message):
+        Way("data=2", "batch:data", {**options, "strict": True}).region(lambda x: mw.mean(x))(X)
+
+
+def test_an_option_for_an_axis_of_one_device_is_of_use() -> None:
+    options = {"microbatches": 4, "virtual_stages": 2, "schedule": "gpipe", "strict": True}
+
+    def folded(w: Tensor, x: Tensor) -> Any:
+        return mw.mean(mw.fold(lambda h, w: h * w, x, w, over="layers"))
+
+    Way("pipe=1", "batch:pipe, layers:pipe", options).region(folded)(tensor(N, E, role="parameter"), X)

@@ -63,7 +63,9 @@ def test_every_schedule_and_layout_gives_the_same_loss_and_gradients() -> None:
 def test_without_gradients_results_come_out_whole() -> None:
     def outputs(inner: Tensor, outer: Tensor, scale: Tensor, head: Tensor, x: Tensor, places: Tensor) -> Any:
         logits = network((inner, outer, scale, head), x, places)
-        return logits, mw.mean(logits), mw.sum(logits, over="batch"), scale * 2.0
+        key = jax.random.key(1)
+        sums = mw.mean(logits), mw.sum(logits, over="batch")
+        return logits, sums, scale * 2.0, logits > 0.0, mw.random.split(key, B), jax.random.fold_in(key, 2)
 
     agree(outputs, IN, OUT, SCALE, HEAD, X, PLACES, over=WAYS[:8], grads=False)
 
@@ -183,7 +185,13 @@ def test_what_a_pipeline_cannot_do_is_refused() -> None:
         h, total = mw.fold(layer, (x, jnp.float32(0)), inner, over="layers")
         return mw.mean(h) + total
 
-    assert "layers add something that does not depend on the batch" in refused(penalised, IN, X)
+    message = refused(penalised, IN, X)
+    assert "layers add something that does not depend on the batch" in message and "beginning with mw.zeros" in message
+
+    def scaled(inner: Tensor, x: Tensor) -> Any:
+        return mw.mean(mw.fold(lambda h, w: h * mw.mean(w), x, inner, over="layers"))
+
+    assert "make the weights with mw.param(...)" in refused(scaled, Tensor(IN.array, IN.dims), X)
 
     def twice(inner: Tensor, x: Tensor) -> Any:
         h = mw.fold(lambda h, w: h * mw.mean(w), x, inner, over="layers")

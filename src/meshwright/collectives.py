@@ -28,9 +28,9 @@ else can be had along it (``microbatches/``).
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -70,6 +70,10 @@ class Turn:
     in_step: bool = False
     """Whether the devices' runtime lets no permute begin before every device is there, as XLA's for CPUs does: devices
     at other stages never come, so a permute among those of one stage is a gather there."""
+    in_rule: bool = False
+    """Whether the rule of a custom gradient is being traced to see what it does."""
+    judge: Callable[..., None] | None = None
+    """What such a trace is held against (``microbatches/sums.py``)."""
 
 
 _turn = jax.make_user_context(None)
@@ -119,11 +123,6 @@ def _vary_for_steps_jvp(
     return _vary_for_steps(*primals, axes, sums), linear_call(tangent, transposed, (), *tangents)
 
 
-def zeros_like(x: Array) -> Array:
-    """Zeros that vary as ``x`` does."""
-    return vary(jnp.zeros(x.shape, x.dtype), varies_over(x))
-
-
 def index(axes: Axes) -> Array:
     """This device's position along ``axes``: an int32 scalar."""
     if TIME not in axes:
@@ -167,7 +166,8 @@ def _summed_later(x: Array, now: Axes, sums: Summing) -> Array:
     """The addend of one microbatch, marked as such: whoever runs the microbatches adds them up."""
     if _turn.value.without_sums:
         return all_sum(jnp.zeros_like(x), now, sums) if now else jnp.zeros_like(x)
-    return _marked(all_sum(x, now, sums) if now else x)
+    total = all_sum(x, now, sums) if now else x
+    return _marked(total) if _turn.value.traced_first or _turn.value.in_rule else total
 
 
 @jax.custom_jvp
@@ -184,6 +184,23 @@ def _marked_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, A
             "microbatches= out of the layout."
         )
     return _marked(*primals), tangents[0]
+
+
+def check_rule(rule: Callable[..., Sequence[Array]], given: Sequence[Array], parts: Sequence[bool]) -> None:
+    """Hold the rule of a custom gradient against what may be done with sums over microbatches, while there are any.
+
+    Args:
+        rule: of arrays to arrays; it is traced, not run.
+        given: its arguments; each is one microbatch's addend.
+        parts: for each result, filled in by the rule, whether it has the dim that microbatches divide.
+
+    Raises:
+        ValueError: the rule takes one microbatch's addend for the sum.
+    """
+    turn = _turn.value
+    if turn is not None and turn.judge is not None:
+        with taking(replace(turn, traced_first=False, in_rule=True)):
+            turn.judge(jax.make_jaxpr(rule)(*given), parts)
 
 
 def _added(x: Array, axes: Axes, sums: Summing) -> Array:
@@ -365,9 +382,17 @@ def from_first(x: Array, axes: Axes, sums: Summing = PLAIN) -> Array:
 
     Its gradient goes to the first device only, so that a later sum over the devices counts it once.
     """
+    return from_one(x, index(axes) == 0, axes, sums)
+
+
+def from_one(x: Array, is_it: Array, axes: Axes, sums: Summing = PLAIN) -> Array:
+    """The value of the one device along ``axes`` for which ``is_it`` holds, on every device: one all-reduce."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = from_one(jax.random.key_data(x), is_it, axes, sums)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     if x.dtype == jnp.bool_:
-        return from_first(x.astype(jnp.int32), axes, sums) > 0
-    return _added(jnp.where(index(axes) == 0, x, jnp.zeros_like(x)), axes, sums)
+        return from_one(x.astype(jnp.int32), is_it, axes, sums) > 0
+    return _added(vary(jnp.where(is_it, x, jnp.zeros_like(x)), frozenset(axes)), axes, sums)
 
 
 def constrain(x: Array, mesh: Any, split: Sequence[Axes]) -> Array:

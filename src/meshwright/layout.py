@@ -18,7 +18,7 @@ nothing of devices; ``check`` and ``scope`` hold it against a mesh, ``explain`` 
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Never
 
@@ -135,7 +135,8 @@ class Layout:
         gather: when a parameter at rest is gathered: ``"use"``, at each use, again in the backward pass, or ``"step"``,
             once where it enters a region.
         strict: whether a rule whose dim a region never meets is an error; otherwise a warning.
-        sums: the floating dtype in which sums across devices are taken ("float32"); None: the dtype of the operand.
+        sums: the floating dtype in which sums across devices are taken ("float32"), and those over microbatches if it
+            is wider than theirs; None: the dtype of the operand.
         overlap: an axis, or several ("(model,pod)"), over which a gather that feeds a product, or the sum of one that
             ends split, goes on beside it: the product is made slice by slice, while the next one is on its way
             (``ops/overlap.py``). Without effect under ``partitioner="xla"``.
@@ -257,6 +258,33 @@ class Layout:
         """Every dim name that a rule of this layout speaks of."""
         every = (*self.pairs, *self.params.pairs, *self.optimizer.pairs)
         return tuple(dict.fromkeys(name for name, _ in every))
+
+    def unused(self, met: Collection[str]) -> list[str]:
+        """What of this layout is of no use to a region that met dims of these names: a mistake more often than not."""
+        inherited = dict(self.like)
+        asked = [(f"the rule for {name!r}", name) for name in self.names()]
+        asked += [(f"like= for {name!r}", name) for name in inherited]
+        asked += [(f"microbatches= over {self.microbatches[0]!r}", self.microbatches[0])] if self.microbatches else []
+        found = [
+            f"{what} was not used: the region met no dim of that name.{nearest(name, sorted(met))}"
+            for what, name in asked
+            if name not in met
+        ]
+        known = {*met, *self.rules, *_LIKE, *inherited}
+        for name, entry in inherited.items():
+            found += [
+                f"like= for {name!r} speaks of {other!r}, which has no rule, and the region met no dim of that name."
+                f"{nearest(other, sorted(known))}"
+                for other in (entry.base, *entry.less)
+                if other not in known
+            ]
+        options = [n for n in ("pipeline", "schedule", "virtual_stages") if getattr(self, n) != getattr(Layout(), n)]
+        if options and (self.microbatches is None or self.pipeline not in self.rules):
+            found.append(
+                f"{'=, '.join(options)}= was not used: a pipeline is made of microbatches= and a rule for "
+                f"{self.pipeline!r}."
+            )
+        return found
 
     @property
     def known_axes(self) -> Axes:

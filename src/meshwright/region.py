@@ -294,15 +294,11 @@ class Region:
         (A function of parameters alone, such as an initialiser, is not expected to meet the names of the data.)
         """
         every = self.scope.met | self.in_time.met
-        unmet = [name for name in self.layout.names() if name not in every]
+        lines = self.layout.unused(every)
         overlapped = self.scope.overlapped | self.in_time.overlapped
         alone = [axis for axis in self.scope.overlap if self.scope.manual and axis not in overlapped]
-        if not (unmet or alone) or (self.warned and not self.layout.strict):
+        if not (lines or alone) or (self.warned and not self.layout.strict):
             return
-        met = sorted(every)
-        lines = [
-            f"the rule for {n!r} was not used: the region met no dim of that name.{nearest(n, met)}" for n in unmet
-        ]
         lines += [_alone_text(axis, self.stages is not None) for axis in alone]
         message = "layout " + repr(self.layout.text) + ": " + "\n  ".join(lines)
         if self.layout.strict:

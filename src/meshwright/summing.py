@@ -10,6 +10,9 @@ summed only each device's share crosses it:
 
 import functools
 from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
 
 Axes = tuple[str, ...]
 
@@ -26,6 +29,12 @@ class Summing:
     """The dtype that floating values are added in; None: their own."""
     slow: Axes = ()
     """The axes that cross the slow network."""
+
+    def wide(self, dtype: Any) -> Any:
+        """The dtype in which addends of ``dtype`` are added up in memory: the wider of both, of floating ones."""
+        if self.dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            return dtype
+        return max(dtype, jnp.dtype(self.dtype), key=lambda d: jnp.finfo(d).bits)
 
     def in_steps(self, axes: Axes, num_bytes: int) -> bool:
         """Whether a sum of arrays of ``num_bytes`` over ``axes`` is taken in steps: axes of both kinds, and enough."""

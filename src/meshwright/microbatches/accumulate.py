@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import collectives
-from .results import Arrays, Results, Within
+from .results import Arrays, Results, Within, added
 
 Function = Callable[[Arrays, Any], Arrays]
 """The results of a microbatch: of the region's arguments, and its number."""
@@ -30,7 +29,8 @@ class Accumulated:
         def turn(room: Arrays, i: Any) -> tuple[Arrays, None]:
             return self.results.add(room, self.function(arrays, i), i), None
 
-        return lax.scan(turn, self.results.begin(), jnp.arange(self.results.num, dtype=jnp.int32))[0]
+        room, _ = lax.scan(turn, self.results.begin(), jnp.arange(self.results.num, dtype=jnp.int32))
+        return self.results.end(room)
 
     def values_and_gradients(self, arrays: Arrays, wanted: Sequence[int]) -> tuple[Arrays, Arrays]:
         """The results, and the gradients of the loss in the arguments ``wanted``."""
@@ -48,9 +48,10 @@ class Accumulated:
             results, gradients = room
             with self.within(i):
                 (_, found), new = jax.value_and_grad(of_wanted, has_aux=True)([arrays[k] for k in wanted], i)
-            added = [g + n for g, n in zip(gradients, new, strict=True)]
-            return (self.results.add(results, found, i), added), None
+            so_far = [added(g, n) for g, n in zip(gradients, new, strict=True)]
+            return (self.results.add(results, found, i), so_far), None
 
-        first = [collectives.zeros_like(arrays[k]) for k in wanted]
+        first = [self.results.room_like(arrays[k]) for k in wanted]
         numbers = jnp.arange(self.results.num, dtype=jnp.int32)
-        return lax.scan(turn, (self.results.begin(), first), numbers)[0]
+        room, gradients = lax.scan(turn, (self.results.begin(), first), numbers)[0]
+        return self.results.end(room), [g.astype(arrays[k].dtype) for k, g in zip(wanted, gradients, strict=True)]

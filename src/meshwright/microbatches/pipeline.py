@@ -28,7 +28,7 @@ from ..scope import Stages
 from .cut import Cut
 from .deal import dealt, returned
 from .order import BACKWARD, FORWARD, Form, Order, Pass, ordered, slots
-from .results import Arrays, Results, Within, counted_once, zeros
+from .results import Arrays, Results, Within, added, counted_once, zeros
 
 AGAIN = "mw.again"
 """The name, in a trace, of a stage's pass forward that its pass backward does again."""
@@ -64,14 +64,15 @@ class Pipelined:
         _, pull, every = jax.vjp(stacked, [arrays[k] for k in wanted], has_aux=True)
         stacks = dealt(every, self.stages, self.num_devices)
         end = _Work(self, order, arrays, wanted, stacks).run()
-        (through_stacks,) = pull(returned(end.of_stacks, self.stages, self.num_devices))
-        gradients = [a + b for a, b in zip(end.of_arrays, through_stacks, strict=True)]
-        return self._everywhere(end.results), gradients
+        of_stacks = [g.astype(x.dtype) for g, x in zip(end.of_stacks, _parted(stacks)[0], strict=True)]
+        (through_stacks,) = pull(returned(of_stacks, self.stages, self.num_devices))
+        sums = [added(a, b).astype(b.dtype) for a, b in zip(end.of_arrays, through_stacks, strict=True)]
+        return self._everywhere(end.results), sums
 
     def _everywhere(self, results: Arrays) -> Arrays:
         """The last stage's results on every device."""
         last = collectives.index(self.stages.axes) == self.num_devices - 1
-        return [collectives.all_sum(jnp.where(last, x, jnp.zeros_like(x)), self.stages.axes) for x in results]
+        return [collectives.from_one(x, last, self.stages.axes) for x in self.results.end(results)]
 
 
 def _parted(values: Sequence[Any]) -> tuple[Arrays, Arrays]:
@@ -142,8 +143,8 @@ class _Work:
             [zeros(a) for a in self.floating],
             room(self.travelling, FORWARD),
             room(self.floating, BACKWARD),
-            [collectives.zeros_like(x) for x in stacks] if self.backward else [],
-            [collectives.zeros_like(self.arrays[k]) for k in self.wanted],
+            [self.whole.results.room_like(x) for x in stacks] if self.backward else [],
+            [self.whole.results.room_like(self.arrays[k]) for k in self.wanted],
             self.whole.results.begin(),
         )
 
@@ -205,8 +206,8 @@ class _Work:
         of_arrays, of_stacks, of_inputs = pull(ones if last else _read(state.cotangents, at.back_slot))
         state = replace(
             state,
-            of_arrays=[a + b for a, b in zip(state.of_arrays, of_arrays, strict=True)],
-            of_stacks=[a + b for a, b in zip(state.of_stacks, of_stacks, strict=True)],
+            of_arrays=[added(a, b) for a, b in zip(state.of_arrays, of_arrays, strict=True)],
+            of_stacks=[added(a, b) for a, b in zip(state.of_stacks, of_stacks, strict=True)],
         )
         if last:
             state = replace(state, results=whole.results.add(state.results, results, i))

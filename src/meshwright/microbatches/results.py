@@ -5,10 +5,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .. import collectives
+from ..summing import Summing
 from .sums import PART, SAME, SHIFTED, SUM
 
 Arrays = list[Any]
@@ -19,6 +21,11 @@ Within = Callable[[Any], AbstractContextManager[None]]
 def zeros(aval: Any) -> Any:
     """Zeros of a type, varying as it says."""
     return collectives.vary(jnp.zeros(aval.shape, aval.dtype), aval.manual_axis_type.varying)
+
+
+def added(room: Any, more: Any) -> Any:
+    """``room`` with an addend, in the dtype of the room."""
+    return room + more.astype(room.dtype)
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,24 @@ class Results:
     """The position of the dim that the microbatches divide."""
     num: int
     """How many microbatches there are."""
+    sums: Summing
+    """How sums are taken."""
 
     def begin(self) -> Arrays:
         """Room for the whole batch's results."""
         return [zeros(self._whole(*group)) for group in zip(self.avals, self.kinds, self.places, strict=True)]
 
+    def end(self, room: Arrays) -> Arrays:
+        """The results, when those of all microbatches are in it."""
+        return [x.astype(a.dtype) if x.dtype != a.dtype else x for x, a in zip(room, self.avals, strict=True)]
+
+    def room_like(self, x: Any) -> Any:
+        """Room for the sum of what microbatches add to ``x``."""
+        return zeros(jax.typeof(x).update(dtype=self.sums.wide(x.dtype)))
+
     def _whole(self, aval: Any, kind: str, at: int | None) -> Any:
+        if kind in (SUM, SHIFTED):
+            return aval.update(dtype=self.sums.wide(aval.dtype))
         if kind != PART or at is None:
             return aval
         return aval.update(shape=tuple(n * self.num if k == at else n for k, n in enumerate(aval.shape)))
@@ -49,7 +68,7 @@ class Results:
     @staticmethod
     def _add(room: Any, result: Any, kind: str, at: int | None, i: Any) -> Any:
         if kind in (SUM, SHIFTED):
-            return room + result
+            return added(room, result)
         if kind == SAME or at is None:
             return result
         return lax.dynamic_update_slice_in_dim(room, result, i * result.shape[at], at)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
 
@@ -29,7 +30,7 @@ from .accumulate import Accumulated, Function
 from .cut import cut, has_stages, leads_through_stages
 from .pipeline import Pipelined
 from .results import Arrays, Results, Within, counted_once
-from .sums import PART, SAME, SHIFTED, kinds, waits_over
+from .sums import PART, SAME, SHIFTED, check_rule, kinds, sums_under_rules, waits_over
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ class Microbatches:
         ready = self._varied(arrays, first, stages)
         as_before = all(a is b for a, b in zip(ready, arrays, strict=True))
         trace = first if as_before else once.traced(ready, stages)
-        results = Results([v.aval for v in trace.jaxpr.outvars], found, once.out_places, self.num)
+        results = Results([v.aval for v in trace.jaxpr.outvars], found, once.out_places, self.num, self.sums)
         program = self._program(once, trace, ready, results, stages)
-        return _differentiable(program, results, names)(*ready)
+        closed_over = [x for x in trace.consts if isinstance(x, Tracer)]
+        return _differentiable(program, results, names, len(ready))(*ready, *closed_over)
 
     def _varied(self, arrays: Arrays, trace: Any, stages: Stages | None) -> Arrays:
         """The arguments, varying already over the axes over which every use of them varies: the sums of their gradients
@@ -99,11 +101,20 @@ class Microbatches:
     def _program(self, once: "_Once", trace: Any, arrays: Arrays, results: Results, stages: Stages | None) -> Any:
         same = None
         if SHIFTED in results.kinds:
+            if sums_under_rules(trace.jaxpr):
+                raise fail(
+                    "microbatches: a function with a custom gradient sums over the dim that microbatches divide, and "
+                    "something that does not depend on the batch (a penalty) is added to a sum: it is to be counted "
+                    "once.\n  Let that function keep the dim and sum what it returns, or add the rest outside the "
+                    "region."
+                )
             alone = once.traced(arrays, stages, without_sums=True)
             if stages is not None and leads_through_stages(alone, [k == SHIFTED for k in results.kinds]):
                 raise fail(
-                    "pipeline: layers add something that does not depend on the batch (a penalty on their weights) to "
-                    "a sum over it. Each device has some of the layers only: add it outside the region."
+                    "pipeline: layers add something that does not depend on the batch (a penalty on their weights, or "
+                    "the 0.0 that a sum begins with) to a sum over it. Each device has some of the layers only.\n  Let "
+                    "what goes round the scan keep the dim that microbatches divide, beginning with mw.zeros of it, "
+                    "and sum it after the scan; add a penalty outside the region."
                 )
             same = once.function_of(alone)
         if stages is None:
@@ -125,7 +136,8 @@ class _Once:
 
         @contextmanager
         def on(i: Any) -> Iterator[None]:
-            with taking(Turn(i, self.num, without_sums, _apart(stages), first, self.in_step)), staging(stages):
+            turn = Turn(i, self.num, without_sums, _apart(stages), first, self.in_step, judge=check_rule)
+            with taking(turn), staging(stages):
                 yield
 
         return on
@@ -161,28 +173,35 @@ def _apart(stages: Stages | None) -> Axes:
     return stages.axes if stages is not None else ()
 
 
-def _differentiable(program: Any, results: Results, names: Callable[[int], str]) -> Callable[..., Arrays]:
-    """The program as a function whose gradient is computed with its values."""
+def _differentiable(program: Any, results: Results, names: Callable[[int], str], num: int) -> Callable[..., Arrays]:
+    """The program as a function of its ``num`` arguments, and of what it closes over, whose gradient is computed with
+    its values."""
 
     @jax.custom_vjp
     def run(*arrays: Any) -> Arrays:
-        return program.values(list(arrays))
+        return program.values(list(arrays[:num]))
 
-    def forward(*given: Any) -> tuple[Arrays, Any]:
+    def forward(*every: Any) -> tuple[Arrays, Any]:
+        if any(x.perturbed for x in every[num:]):
+            raise fail(
+                "microbatches: a gradient was asked for in a value that the function given to mw.spmd closes over. "
+                "Pass it as an argument."
+            )
+        given = every[:num]
         arrays = [x.value for x in given]
         wanted = [k for k, x in enumerate(given) if x.perturbed and jnp.issubdtype(x.value.dtype, jnp.inexact)]
         if not wanted:
-            return program.values(arrays), ({}, arrays)
+            return program.values(arrays), ({}, len(every))
         if results.loss is None:
             raise fail(
                 "microbatches: gradients are those of one number, a sum or mean over the batch, and the region returns "
                 "none. Return the loss from the function given to mw.spmd."
             )
         found, gradients = program.values_and_gradients(arrays, wanted)
-        return found, (dict(zip(wanted, gradients, strict=True)), arrays)
+        return found, (dict(zip(wanted, gradients, strict=True)), len(every))
 
     def backward(kept: Any, cotangents: Any) -> tuple[Any, ...]:
-        gradients, arrays = kept
+        gradients, num_given = kept
         for k, c in enumerate(cotangents):
             if k != results.loss and not isinstance(c, SymbolicZero):
                 raise fail(
@@ -192,16 +211,19 @@ def _differentiable(program: Any, results: Results, names: Callable[[int], str])
                 )
         scale = cotangents[results.loss] if results.loss is not None else None
         if isinstance(scale, SymbolicZero) or scale is None:
-            return (None,) * len(arrays)
-        return tuple(_scaled(gradients[k], scale) if k in gradients else None for k in range(len(arrays)))
+            gradients = {}
+        return tuple(_scaled(gradients[k], scale) if k in gradients else None for k in range(num_given))
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
 
 
 def _scaled(gradient: Any, by: Any) -> Any:
+    """In the wider of both dtypes: a scale for float16 gradients may be beyond what float16 holds."""
     by = collectives.vary(by, collectives.varies_over(gradient))
-    return gradient * by.astype(gradient.dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        wide = jnp.promote_types(gradient.dtype, by.dtype)
+    return (gradient.astype(wide) * by.astype(wide)).astype(gradient.dtype)
 
 
 def _not_put_together(name: str) -> str:

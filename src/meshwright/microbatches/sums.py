@@ -16,7 +16,7 @@ A sum may be scaled, negated, added to others, reshaped: what is linear. Anythin
 addend for the sum, and is an error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -140,6 +140,42 @@ def _holds_sum(value: Any) -> bool:
     )
 
 
+def sums_under_rules(jaxpr: Jaxpr) -> bool:
+    """Whether a function with a gradient of its own sums over microbatches."""
+    return any(_sums_under_rule(eqn) or any(map(sums_under_rules, _bodies(eqn.params.values()))) for eqn in jaxpr.eqns)
+
+
+def _sums_under_rule(eqn: Any) -> bool:
+    body = inner(eqn)
+    is_mark = body is not None and [e.params.get("name") for e in body.eqns] == [SUMMED]
+    return eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call") and not is_mark and _holds_sum(body)
+
+
+def _bodies(values: Iterable[Any]) -> Iterator[Jaxpr]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _bodies(value)
+        elif isinstance(value, ClosedJaxpr | Jaxpr):
+            yield value.jaxpr if isinstance(value, ClosedJaxpr) else value
+
+
+def check_rule(trace: ClosedJaxpr, parts: Sequence[bool]) -> None:
+    """Hold the trace of a custom gradient's rule, whose arguments are sums, against what may be done with such.
+
+    Raises:
+        ValueError: a sum is used as if it were complete; a gradient that each microbatch has its part of is made of
+            one; or something is added to one, which would be added by each microbatch.
+    """
+    for kind, part in zip(kinds(trace.jaxpr, [SUM] * len(trace.jaxpr.invars)), parts, strict=True):
+        if kind == SHIFTED or (kind == SUM and part):
+            raise fail(
+                "microbatches: the rule of a custom gradient takes what one microbatch adds to a sum (over the dim "
+                "that microbatches divide, or of a parameter's gradient) for the whole sum.\n  It may scale such a sum "
+                "and return it for an argument that has not that dim. Do the rest outside the region, or leave "
+                "microbatches= out of the layout."
+            )
+
+
 def _not_linear(eqn: Any) -> ValueError:
     return fail(
         f"microbatches: a sum (or mean) over the dim of the microbatches is used by {eqn.primitive.name!r} before all "
@@ -167,6 +203,8 @@ def _varied_by(jaxpr: Jaxpr, eqn: Any, i: int) -> frozenset[str] | None:
     name, body = eqn.primitive.name, inner(eqn)
     if name == "pvary":
         return frozenset(eqn.params["axes"])
+    if name == "custom_vjp_call":  # its rule gives a gradient for what came, and may have summed it already
+        return frozenset()
     if body is not None:
         return waits_over(body, body.invars[i])
     if name == "scan":

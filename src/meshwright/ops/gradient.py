@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from .. import collectives
+from ..dims import Dims
 from ..errors import fail_type
-from ..scope import current, entered
+from ..scope import current, current_manual, entered
 from ..tensor import is_tensor
 from .packing import Held, held_as
 
@@ -50,9 +53,13 @@ class custom_vjp:
 
         def scoped_backward(*given: Any) -> Any:
             *static, (scope, forms, kept), gradient = given
+
+            def gradients(gradient: Any) -> list[Any]:
+                return _as_they_came(backward(*static, kept, gradient), forms)
+
             with entered(scope):
-                found = backward(*static, kept, gradient)
-                return scope, *_as_they_came(found, forms)
+                _check_backward(gradients, gradient, forms)
+                return scope, *gradients(gradient)
 
         self._inner.defvjp(scoped_forward, scoped_backward)
 
@@ -79,7 +86,9 @@ class custom_jvp:
 
         def scoped(*given: Any) -> Any:
             *static, (scope, *primals), (_, *tangents) = given
-            return _in_scope(rule)(scope, *static, tuple(primals), tuple(tangents))
+            with entered(scope):
+                _check_rule(lambda: rule(*static, tuple(primals), tuple(tangents))[1], [])
+                return rule(*static, tuple(primals), tuple(tangents))
 
         self._inner.defjvp(scoped)
         return rule
@@ -101,6 +110,40 @@ def _by_position(function: Callable[..., Any], args: Sequence[Any], kwargs: dict
         raise fail_type(f"a custom gradient's function takes {names} by keyword alone: its rules cannot be given that.")
     bound.apply_defaults()
     return bound.args
+
+
+def _check_backward(gradients: Callable[[Any], list[Any]], given: Any, forms: Sequence["_Form"]) -> None:
+    """Raise where a backward rule takes one microbatch's gradient for that of the batch. Where no argument has the dim
+    that microbatches divide, the gradient that the rule is given is such an addend itself."""
+    leaves, tree = jax.tree.flatten(given)
+    addends = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    if any(_divided(h.dims) for form in forms for h in form.held):
+        addends = []
+
+    def of_addends(*arrays: Any) -> list[Any]:
+        every = list(leaves)
+        for i, x in zip(addends, arrays, strict=True):
+            every[i] = x
+        return gradients(jax.tree.unflatten(tree, every))
+
+    _check_rule(of_addends, [leaves[i] for i in addends])
+
+
+def _check_rule(rule: Callable[..., Any], given: Sequence[Any]) -> None:
+    parts: list[bool] = []
+
+    def arrays(*given: Any) -> list[Any]:
+        found = [x for x in jax.tree.leaves(rule(*given), is_leaf=is_tensor) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        parts[:] = [is_tensor(x) and _divided(x.dims) for x in found]
+        return [x.array if is_tensor(x) else x for x in found]
+
+    collectives.check_rule(arrays, given, parts)
+
+
+def _divided(these: Dims | None) -> bool:
+    """Whether microbatches divide one of these dims."""
+    scope = current_manual()
+    return scope is not None and any(collectives.TIME in scope.axes_of(d.name) for d in these or ())
 
 
 @jax.tree_util.register_static

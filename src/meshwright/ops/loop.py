@@ -57,7 +57,13 @@ def scan(
     """
     d = _over_dim(xs, over)
     stages = current_stages()
-    in_stages = stages is not None and stages.dim == d.name and _has_parameters(xs)
+    tensors = [x for x in jax.tree.leaves(xs, is_leaf=is_tensor) if isinstance(x, Tensor)]
+    in_stages = stages is not None and stages.dim == d.name and any(x.role == PARAMETER for x in tensors)
+    if stages is not None and stages.dim == d.name and tensors and not in_stages:
+        raise fail(
+            f"scan: none of the tensors scanned over {d.name!r}, the dim of the pipeline, is a parameter. Stages hold "
+            "parameters: make the weights with mw.param(...), or leave microbatches= out of the layout."
+        )
     stacked, take = _sliced(xs, d, kept=stages.axes if stages is not None and in_stages else ())
     carry = Packing(init, "scan: carry")
     out: list[Packing] = []
@@ -72,10 +78,6 @@ def scan(
         return carry.pack(run_stages(_carrying(body, reverse), carry.unpack(init), stacked, d, stages, unroll)), None
     last, ys = jax.lax.scan(body, carry.unpack(init), stacked, length=d.size, reverse=reverse, unroll=unroll)
     return carry.pack(last), _stacked(out[0], ys, d)
-
-
-def _has_parameters(xs: Any) -> bool:
-    return any(isinstance(x, Tensor) and x.role == PARAMETER for x in jax.tree.leaves(xs, is_leaf=is_tensor))
 
 
 def _carrying(body: Callable[..., Any], reverse: bool) -> Callable[..., list[Any]]:
