@@ -8,7 +8,7 @@ the backward pass the result is kept and the logarithm of the sum, and the score
 "FlashAttention-2", 2023).
 
 Shapes: queries (batch, heads, group, queries, head), keys and values (batch, heads, keys, head). ``group`` counts the
-queries that share a key's head. Queries come scaled.
+queries that share a key's head. Queries come scaled. Scores and sums are float32, or float64 where an operand is.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Tokens(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What queries have seen so far, float32."""
+    """What queries have seen so far, in the dtype of scores."""
 
     most: Array
     """The greatest score: (batch, heads, group, queries)."""
@@ -93,9 +93,14 @@ class Sight:
         return max(0, first - window + 1), last if self.causal else min(num, last + window - 1)
 
 
-def nothing(q: Array, v: Array) -> Seen:
+def scored_in(*dtypes: Any) -> Any:
+    """The dtype of scores and sums of operands of these."""
+    return jnp.dtype(jnp.float64 if jnp.dtype("float64") in map(jnp.dtype, dtypes) else jnp.float32)
+
+
+def nothing(q: Array, k: Array, v: Array) -> Seen:
     """What queries have seen before the first key."""
-    zero = jnp.zeros_like(q[..., 0], jnp.float32)
+    zero = jnp.zeros_like(q[..., 0], scored_in(q.dtype, k.dtype, v.dtype))
     return Seen(zero + _UNSEEN, zero, jnp.repeat(zero[..., None], v.shape[-1], -1))
 
 
@@ -157,11 +162,11 @@ def _over(which: range, step: Any, state: Any) -> Any:
 
 
 def _see_block(seen: Seen, q: Array, k: Array, v: Array, mask: Array | None) -> Seen:
-    scores = _scores(q, k, mask)
+    scores = _scores(q, k, mask, seen.most.dtype)
     most = jnp.maximum(seen.most, jnp.max(scores, -1))
     weights = _weights(scores, most, mask)
     fade = jnp.exp(seen.most - most)
-    added = jnp.einsum("bhgnm,bhme->bhgne", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    added = jnp.einsum("bhgnm,bhme->bhgne", weights.astype(v.dtype), v, preferred_element_type=most.dtype)
     return Seen(most, seen.total * fade + jnp.sum(weights, -1), seen.weighted * fade[..., None] + added)
 
 
@@ -173,13 +178,12 @@ def result(seen: Seen, dtype: Any) -> tuple[Array, Array]:
 
 def kept(q: Array, out: Array, log_total: Array, gradient: Array) -> Kept:
     """What the backward pass of queries needs."""
-    return Kept(
-        q, gradient, log_total, jnp.einsum("bhgne,bhgne->bhgn", out, gradient, preferred_element_type="float32")
-    )
+    drift = jnp.einsum("bhgne,bhgne->bhgn", out, gradient, preferred_element_type=log_total.dtype)
+    return Kept(q, gradient, log_total, drift)
 
 
 Gradients = tuple[Array, Array, Array]
-"""Of queries, keys and values, float32."""
+"""Of queries, keys and values, in the dtype of scores."""
 
 
 def see_back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight) -> Gradients:
@@ -195,11 +199,12 @@ def see_own_back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, si
 
 def _back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, parts: list[Part], num: int) -> Gradients:
     blocks = Blocks.of(k, v, keys, num)
-    to_blocks = jnp.zeros_like(blocks.k, jnp.float32), jnp.zeros_like(blocks.v, jnp.float32)
+    wide = of.log_total.dtype
+    to_blocks = jnp.zeros_like(blocks.k, wide), jnp.zeros_like(blocks.v, wide)
     found = []
     for (first, last), ranges in parts:
         mine, tokens = Kept(*(x[:, :, :, first:last] for x in of)), _range(queries, first, last)
-        state: Any = jnp.zeros_like(mine.q, jnp.float32), to_blocks
+        state: Any = jnp.zeros_like(mine.q, wide), to_blocks
         for which, within in ranges:
             state = _see_blocks_back(state, mine, blocks, which, tokens, within)
         to_q, to_blocks = state
@@ -225,9 +230,9 @@ def _range(tokens: Tokens, first: int, last: int) -> Tokens:
 
 def _see_block_back(of: Kept, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array, Array]:
     q, gradient = of.q, of.gradient
+    wide: Any = {"preferred_element_type": of.log_total.dtype}
     with jax.named_scope(_AGAIN):
-        weights = _weights(_scores(q, k, mask), of.log_total, mask)
-    wide: Any = {"preferred_element_type": jnp.float32}
+        weights = _weights(_scores(q, k, mask, of.log_total.dtype), of.log_total, mask)
     to_v = jnp.einsum("bhgnm,bhgne->bhme", weights.astype(gradient.dtype), gradient, **wide)
     slope = jnp.einsum("bhgne,bhme->bhgnm", gradient, v, **wide)
     slope = (weights * (slope - of.drift[..., None])).astype(q.dtype)
@@ -235,8 +240,8 @@ def _see_block_back(of: Kept, k: Array, v: Array, mask: Array | None) -> tuple[A
     return to_q, jnp.einsum("bhgnm,bhgnd->bhmd", slope, q, **wide), to_v
 
 
-def _scores(q: Array, k: Array, mask: Array | None) -> Array:
-    scores = jnp.einsum("bhgnd,bhmd->bhgnm", q, k, preferred_element_type=jnp.float32)
+def _scores(q: Array, k: Array, mask: Array | None, dtype: Any) -> Array:
+    scores = jnp.einsum("bhgnd,bhmd->bhgnm", q, k, preferred_element_type=dtype)
     return scores if mask is None else jnp.where(mask, scores, _UNSEEN)
 
 
@@ -247,6 +252,8 @@ def _weights(scores: Array, less: Array, mask: Array | None) -> Array:
 
 def _parts(num: int, sight: Sight) -> tuple[list[Part], int]:
     """Of ``num`` tokens that look at themselves: the parts of the queries, and the number of blocks of the keys."""
+    if not num:
+        return [((0, 0), [])], 1
     fitting = (n for n in range(MOST_PARTS, 0, -1) if num % n == 0 and num // n >= MOST_KEYS)
     size = num // next(fitting, 1) if sight != Sight() else num
     each = _num_blocks(size)
@@ -269,9 +276,9 @@ def _num_blocks(keys: int) -> int:
 
 def _cut(x: Array, dim: int, num: int) -> Array:
     """``num`` pieces along a dim, along a new first one."""
-    return jnp.moveaxis(x.reshape(*x.shape[:dim], num, -1, *x.shape[dim + 1 :]), dim, 0)
+    return jnp.moveaxis(x.reshape(*x.shape[:dim], num, x.shape[dim] // num, *x.shape[dim + 1 :]), dim, 0)
 
 
 def _joined(x: Array, dim: int) -> Array:
     x = jnp.moveaxis(x, 0, dim)
-    return x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
+    return x.reshape(*x.shape[:dim], x.shape[dim] * x.shape[dim + 1], *x.shape[dim + 2 :])
