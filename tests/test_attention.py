@@ -143,6 +143,28 @@ def test_float64_is_scored_and_summed_in_float64(causal: bool) -> None:
                 assert {row.dtype for row in rows if row.kind == "permute"} == {"float64"}
 
 
+@pytest.mark.parametrize("sight", ["all", "causal", "a window"])
+def test_the_gradient_has_gradients(sight: str) -> None:
+    """In both modes, of the whole region too."""
+
+    def loss(fn: Any, q: Any, k: Any, v: Any) -> Any:
+        return mw.sum(mw.sin(fn(q, k, v, **SIGHTS[sight])))
+
+    def twice(first: Any) -> Any:
+        def total(q: Any, k: Any, v: Any) -> Any:
+            gradients = jax.grad(first, (0, 1, 2))(q, k, v)
+            return sum(mw.sum(mw.cos(x)) for x in gradients)
+
+        return jax.jit(lambda *t: (jax.grad(total, (0, 1, 2))(*t), jax.jvp(jax.grad(first), t, t)[1]))
+
+    attended = functools.partial(loss, mw.attention)
+    expected = twice(functools.partial(loss, functools.partial(whole, segments=None)))(Q, K, V)
+    for first in (attended, Way("x=4", "length:x").region(attended)):
+        assert_same(twice(first)(Q, K, V), expected, sight, 5e-5)
+        with pytest.raises(TypeError, match="jvp"):
+            jax.jvp(first, (Q, K, V), (Q, K, V))
+
+
 def test_of_no_tokens_comes_nothing() -> None:
     q, k = (x.slice("length", 0, 0) for x in (Q, K))
     agree(lambda q, k: mw.attention(q, k, k, causal=True), q, k, over=ways(("x=4", "length:x"), partitioners=["names"]))
