@@ -124,6 +124,54 @@ def test_bfloat16_stays_bfloat16_and_is_summed_in_float32() -> None:
     np.testing.assert_allclose(found.array.astype(jnp.float32), exact.array, atol=0.02)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_float64_is_scored_and_summed_in_float64(causal: bool) -> None:
+    """Values and gradients, also of what goes round a ring of more than two devices."""
+    with jax.enable_x64(True):
+        operands = tuple(x.astype("float64") for x in (Q, K, V))
+
+        def loss(fn: Any, q: Any, k: Any, v: Any) -> Any:
+            return mw.sum(mw.sin(fn(q, k, v, causal=causal)))
+
+        expected = jax.value_and_grad(functools.partial(loss, functools.partial(whole, segments=None)), (0, 1, 2))
+        for way in (None, *ways(*LAYOUTS[:3], partitioners=["names"])):
+            fn = functools.partial(loss, mw.attention)
+            found = jax.value_and_grad(way.region(fn) if way is not None else fn, (0, 1, 2))
+            assert_same(jax.jit(found)(*operands), jax.jit(expected)(*operands), str(way), 1e-12)
+            if way is not None:
+                rows = mw.plan(found, *operands).collectives
+                assert {row.dtype for row in rows if row.kind == "permute"} == {"float64"}
+
+
+@pytest.mark.parametrize("sight", ["all", "causal", "a window"])
+def test_the_gradient_has_gradients(sight: str) -> None:
+    """In both modes, of the whole region too."""
+
+    def loss(fn: Any, q: Any, k: Any, v: Any) -> Any:
+        return mw.sum(mw.sin(fn(q, k, v, **SIGHTS[sight])))
+
+    def twice(first: Any) -> Any:
+        def total(q: Any, k: Any, v: Any) -> Any:
+            gradients = jax.grad(first, (0, 1, 2))(q, k, v)
+            return sum(mw.sum(mw.cos(x)) for x in gradients)
+
+        return jax.jit(lambda *t: (jax.grad(total, (0, 1, 2))(*t), jax.jvp(jax.grad(first), t, t)[1]))
+
+    attended = functools.partial(loss, mw.attention)
+    expected = twice(functools.partial(loss, functools.partial(whole, segments=None)))(Q, K, V)
+    for first in (attended, Way("x=4", "length:x").region(attended)):
+        assert_same(twice(first)(Q, K, V), expected, sight, 5e-5)
+        with pytest.raises(TypeError, match="jvp"):
+            jax.jvp(first, (Q, K, V), (Q, K, V))
+
+
+def test_of_no_tokens_comes_nothing() -> None:
+    q, k = (x.slice("length", 0, 0) for x in (Q, K))
+    agree(lambda q, k: mw.attention(q, k, k, causal=True), q, k, over=ways(("x=4", "length:x"), partitioners=["names"]))
+    nobody = mw.attention(Q.slice("batch", 0, 0), *(K.slice("batch", 0, 0),) * 2)
+    assert nobody.size("batch") == 0 and nobody.dtype == jnp.float32
+
+
 # What is sent
 
 ELEMENTS = 2 * 16 * 2 * 8
@@ -189,6 +237,14 @@ def test_memory_grows_with_the_length_not_with_its_square() -> None:
         (lambda: mw.attention(K, Q, Q), "the queries lack group=3, which the keys have"),
         (lambda: mw.attention(Q, K, K.rename(heads="h")), "keys and values must have the same dims"),
         (lambda: mw.attention(Q, K, K, window=0), "window=0; a token sees itself at least"),
+        (lambda: mw.attention(Q, K, K, window=2.5), "the window is a float; it must be an int"),  # pyright: ignore[reportArgumentType]
+        (lambda: mw.attention(Q, K, K, window=jnp.int32(3)), "the window is a JAX array .* must be an int"),  # pyright: ignore[reportArgumentType]
+        (lambda: mw.attention(Q, K, K, scale=Q), "scale is a Tensor; give a number"),  # pyright: ignore[reportArgumentType]
+        (lambda: mw.attention(Q, K.astype("int32"), K), "an operand is of int32; .*astype.*keys"),
+        (
+            lambda: mw.attention(Q, *(K.slice("length", 0, 32),) * 2),
+            r"'length' has several sizes.*length=64.*length=32.*(?s:.)*another name",
+        ),
         (lambda: mw.attention(Q, K, K, segments=Q), "segments .* must be integers, with dims of the keys but"),
         (
             lambda: Way("x=2", "head_dim:x").region(mw.attention)(Q, K, K),
@@ -197,5 +253,5 @@ def test_memory_grows_with_the_length_not_with_its_square() -> None:
     ],
 )
 def test_what_is_wrong_is_said(call: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, TypeError), match=says):
         call()

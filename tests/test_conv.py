@@ -167,6 +167,27 @@ def test_the_transpose_is_the_gradient() -> None:
     np.testing.assert_allclose(named(found), named(back(y)[0]), rtol=1e-5, atol=1e-4)
 
 
+def test_padding_wider_than_a_window_has_its_gradient() -> None:
+    """As a convolution of the padded inputs has; on a CPU XLA reads beyond the array for padding below zero."""
+    x, kernel = tensor(*mw.dims(batch=2, time=9, channels=4)), tensor(*mw.dims(kernel_time=2, channels=4, features=4))
+    for op, padding in ((mw.conv, (3, 0)), (mw.conv, (4, 3)), (mw.conv_transpose, (3, 1))):
+
+        def total(x: Tensor, op: Any = op, padding: Any = padding) -> Any:
+            y = op(x, kernel, "time", inputs="channels", strides=2, padding=padding)
+            return mw.sum(mw.sin(y))
+
+        def padded(x: Tensor, op: Any = op, padding: Any = padding) -> Any:
+            if op is mw.conv_transpose:
+                x = mw.stack([x, 0 * x], "zero").reorder("batch", "time", "zero", "channels")
+                x = x.merge(("time", "zero"), "time").slice("time", 0, 17)
+            x, strides = mw.pad(x, time=padding), 2 if op is mw.conv else 1
+            return mw.sum(mw.sin(mw.conv(x, kernel, "time", inputs="channels", strides=strides, padding="VALID")))
+
+        assert "padding=((-" not in str(jax.make_jaxpr(jax.grad(total))(x))
+        found, expected = (named(jax.jit(jax.grad(f))(x)) for f in (total, padded))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_dtypes() -> None:
     pairs = list(itertools.product(("max_pool", "sum_pool", "mean_pool"), (jnp.int8, jnp.bool_, jnp.bfloat16)))
     x = Tensor(jnp.arange(8), "time")

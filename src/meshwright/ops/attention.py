@@ -6,8 +6,8 @@
     k, v    (batch, length, heads, head_dim)            ->   (batch, length, heads, group, head_dim)
 
 Queries, keys and values all have the dim ``over``, and are multiplied along ``summed``. Every other dim of the keys is
-one of the queries' too; a dim of the queries alone (``group``) has the keys in common. The scores are float32 and never
-whole in memory: ``blocks.py`` says how.
+one of the queries' too; a dim of the queries alone (``group``) has the keys in common. The scores are float32
+(float64 where an operand is) and never whole in memory: ``blocks.py`` says how.
 
 ================================  ============================================================
 split                             between devices
@@ -28,12 +28,13 @@ import jax
 import jax.numpy as jnp
 
 from ..dims import Dim, Dims, find, show, without
-from ..errors import fail
+from ..errors import fail, fail_type
 from ..scope import current_manual
 from ..tensor import Tensor, make
+from .along import whole
 from .attended import Attended, Lying
 from .blocks import Sight
-from .lowering import align, axes_of, check_operand, copied, local_sizes, run, wanted
+from .lowering import align, axes_of, check_operand, copied, is_scalar, local_sizes, run, wanted
 from .ring import Ring, attend
 
 
@@ -68,11 +69,19 @@ def attention(
 
     Raises:
         ValueError: a dim is missing or differs, ``window`` is below 1, or ``summed`` is split.
+        TypeError: an operand is not of real floating point numbers, ``window`` is not a static int or ``scale`` no
+            number.
+
+    ``jax.grad`` of it may be differentiated in turn, in either mode (``jax.hessian``). ``jax.jvp`` of attention itself
+    has no rule: its gradient is written by hand, so that scores are not kept.
     """
     asked = "attention"
     for x in (q, k, v, *(() if segments is None else (segments,))):
         check_operand(x, asked, scalars=False)
+    window = None if window is None else whole(window, "the window", asked)
     _check(q, k, v, segments, over, summed, window)
+    if not (scale is None or is_scalar(scale)):
+        raise fail_type(f"attention: scale is a {type(scale).__name__}; give a number, or multiply the queries by it.")
     marked = () if segments is None else without(segments.dims, (over,))
     shared = tuple(d for d in without(k.dims, (over, summed)) if d not in marked)
     group = tuple(d for d in q.dims if d.name not in k.names)
@@ -102,7 +111,7 @@ def attention(
 
 
 def _ring(length: Dim, sight: Sight) -> Ring:
-    split = axes_of(length)
+    split = axes_of(length) if length.size else None
     return Ring(sight, split[1], split[0].size(split[1])) if split else Ring(sight)
 
 
@@ -126,6 +135,17 @@ def _check(
         for name in (over, summed):
             find(x.dims, name, asked)
     operands = f"queries ({show(q.dims)}), keys ({show(k.dims)}), values ({show(v.dims)})"
+    if wrong := [str(x.dtype) for x in (q, k, v) if not jnp.issubdtype(x.dtype, jnp.floating)]:
+        raise fail_type(
+            f"attention: an operand is of {wrong[0]}; a softmax of products is of real floating point numbers. Write "
+            f"x.astype('float32') first. {operands}"
+        )
+    sizes = {find(x.dims, over, asked).size for x in (q, k, v)}
+    if len(sizes) > 1:
+        raise fail(
+            f"attention: {over!r} has several sizes. {operands}\n  It is along the tokens of one sequence. For two, "
+            f"give the keys' length another name: mw.einsum, mw.softmax over it and mw.einsum."
+        )
     lacking = [d for d in k.dims if d not in q.dims]
     if lacking:
         raise fail(f"attention: the queries lack {show(lacking)}, which the keys have. {operands}")

@@ -8,7 +8,7 @@ the backward pass the result is kept and the logarithm of the sum, and the score
 "FlashAttention-2", 2023).
 
 Shapes: queries (batch, heads, group, queries, head), keys and values (batch, heads, keys, head). ``group`` counts the
-queries that share a key's head. Queries come scaled.
+queries that share a key's head. Queries come scaled. Scores and sums are float32, or float64 where an operand is.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Tokens(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What queries have seen so far, float32."""
+    """What queries have seen so far, in the dtype of scores."""
 
     most: Array
     """The greatest score: (batch, heads, group, queries)."""
@@ -96,9 +96,14 @@ class Sight:
         return max(0, first - window + 1), last if self.causal else min(num, last + window - 1)
 
 
-def nothing(q: Array, v: Array) -> Seen:
+def scored_in(*dtypes: Any) -> Any:
+    """The dtype of scores and sums of operands of these."""
+    return jnp.dtype(jnp.float64 if jnp.dtype("float64") in map(jnp.dtype, dtypes) else jnp.float32)
+
+
+def nothing(q: Array, k: Array, v: Array) -> Seen:
     """What queries have seen before the first key."""
-    zero = jnp.zeros_like(q[..., 0], jnp.float32)
+    zero = jnp.zeros_like(q[..., 0], scored_in(q.dtype, k.dtype, v.dtype))
     return Seen(zero + _UNSEEN, zero, jnp.repeat(zero[..., None], v.shape[-1], -1))
 
 
@@ -149,8 +154,8 @@ def _see_blocks(seen: Seen | None, q: Array, blocks: Blocks, which: range, queri
         k, v, keys = blocks.at(i)
         return _see_block(seen, q, k, v, sight.mask(queries, keys)), None
 
-    if seen is None and len(which) > 1:
-        seen = nothing(q, blocks.v)
+    if seen is None and len(which) != 1:
+        seen = nothing(q, blocks.k, blocks.v)
     return _over(which, step, seen)  # type: ignore[no-any-return]
 
 
@@ -162,13 +167,14 @@ def _over(which: range, step: Any, state: Any) -> Any:
 
 
 def _see_block(seen: Seen | None, q: Array, k: Array, v: Array, mask: Array | None) -> Seen:
-    scores = _scores(q, k, mask)
+    wide = scored_in(q.dtype, k.dtype, v.dtype)
+    scores = _scores(q, k, mask, wide)
     most = lax.reduce_max(scores, (_LAST,))
     if seen is not None:
         most = lax.max(seen.most, most)
     weights = _weights(scores, most, mask)
     total = lax.reduce_sum(weights, (_LAST,))
-    weighted = _product(lax.convert_element_type(weights, v.dtype), v, (_LAST,), (2,))
+    weighted = _product(lax.convert_element_type(weights, v.dtype), v, (_LAST,), (2,), wide)
     if seen is None:
         return Seen(most, total, weighted)
     fade = lax.exp(lax.sub(seen.most, most))
@@ -187,12 +193,12 @@ def kept(q: Array, out: Array, log_total: Array, gradient: Array) -> Kept:
     """What the backward pass of queries needs."""
     q, gradient = lax.optimization_barrier((q, gradient))  # else XLA takes scores from a forward pass that is near
     each = ((_LAST,), (_LAST,)), ((0, 1, 2, 3), (0, 1, 2, 3))
-    drift = lax.dot_general(out, gradient, each, preferred_element_type=jnp.float32)
+    drift = lax.dot_general(out, gradient, each, preferred_element_type=log_total.dtype)
     return Kept(q, gradient, log_total, drift)
 
 
 Gradients = tuple[Array, Array, Array]
-"""Of queries, keys and values, float32."""
+"""Of queries, keys and values, in the dtype of scores."""
 
 
 def see_back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, sight: Sight) -> Gradients:
@@ -208,11 +214,12 @@ def see_own_back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, si
 
 def _back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, parts: list[Part], num: int) -> Gradients:
     blocks = Blocks.of(k, v, keys, num)
-    to_blocks = jnp.zeros_like(blocks.k, jnp.float32), jnp.zeros_like(blocks.v, jnp.float32)
+    wide = of.log_total.dtype
+    to_blocks = jnp.zeros_like(blocks.k, wide), jnp.zeros_like(blocks.v, wide)
     found = []
     for (first, last), ranges in parts:
         mine, tokens = _rows(of, first, last), _range(queries, first, last)
-        state: Any = jnp.zeros_like(mine.q, jnp.float32), to_blocks
+        state: Any = jnp.zeros_like(mine.q, wide), to_blocks
         for which, within in ranges:
             state = _see_blocks_back(state, mine, blocks, which, tokens, within)
         to_q, to_blocks = state
@@ -247,22 +254,25 @@ def _concatenated(found: Sequence[Array], dim: int) -> Array:
 
 def _see_block_back(of: Kept, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array, Array]:
     q, gradient = of.q, of.gradient
+    wide = of.log_total.dtype
     with jax.named_scope(_AGAIN):
-        weights = _weights(_scores(q, k, mask), of.log_total, mask)
-    to_v = _product(lax.convert_element_type(weights, gradient.dtype), gradient, (2, 3), (2, 3))
-    slope = _product(gradient, v, (_LAST,), (3,))
+        weights = _weights(_scores(q, k, mask, wide), of.log_total, mask)
+    to_v = _product(lax.convert_element_type(weights, gradient.dtype), gradient, (2, 3), (2, 3), wide)
+    slope = _product(gradient, v, (_LAST,), (3,), wide)
     slope = lax.mul(weights, lax.sub(slope, _along(of.drift, slope)))
     slope = lax.convert_element_type(slope, q.dtype)
-    to_q = _product(slope, k, (_LAST,), (2,))
-    return to_q, _product(slope, q, (2, 3), (2, 3)), to_v
+    to_q = _product(slope, k, (_LAST,), (2,), wide)
+    return to_q, _product(slope, q, (2, 3), (2, 3), wide), to_v
 
 
 # These are traced once for each part of each attention, so they speak in jax.lax (see kin.py).
 
 
-def _product(a: Array, b: Array, summed_a: tuple[int, ...], summed_b: tuple[int, ...]) -> Array:
-    """For each of the batch and each head: the product along these dims of each, float32."""
-    return lax.dot_general(a, b, ((summed_a, summed_b), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+def _product(a: Array, b: Array, summed_a: tuple[int, ...], summed_b: tuple[int, ...], dtype: Any) -> Array:
+    """For each of the batch and each head: the product along these dims of each, summed in this dtype."""
+    common = jnp.promote_types(a.dtype, b.dtype)
+    a, b = (lax.convert_element_type(x, common) for x in (a, b))
+    return lax.dot_general(a, b, ((summed_a, summed_b), ((0, 1), (0, 1))), preferred_element_type=dtype)
 
 
 def _along(x: Array, like: Array) -> Array:
@@ -270,8 +280,8 @@ def _along(x: Array, like: Array) -> Array:
     return lax.broadcast_in_dim(x, like.shape, (0, 1, 2, 3))
 
 
-def _scores(q: Array, k: Array, mask: Array | None) -> Array:
-    return _masked(mask, _product(q, k, (_LAST,), (3,)), _UNSEEN)
+def _scores(q: Array, k: Array, mask: Array | None, dtype: Any) -> Array:
+    return _masked(mask, _product(q, k, (_LAST,), (3,), dtype), _UNSEEN)
 
 
 def _weights(scores: Array, less: Array, mask: Array | None) -> Array:
@@ -287,6 +297,8 @@ def _masked(mask: Array | None, x: Array, otherwise: float) -> Array:
 
 def _parts(num: int, sight: Sight) -> tuple[list[Part], int]:
     """Of ``num`` tokens that look at themselves: the parts of the queries, and the number of blocks of the keys."""
+    if not num:
+        return [((0, 0), [(range(0), sight)])], 1
     fitting = (n for n in range(MOST_PARTS, 0, -1) if num % n == 0 and num // n >= MOST_KEYS)
     size = num // next(fitting, 1) if sight != Sight() else num
     each = _num_blocks(size)

@@ -31,7 +31,7 @@ refuses some grouped ones by ending the process (JAX 0.10).
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -267,7 +267,10 @@ def _product(
     reached: Stretch, rhs: Any, roles: _Roles, reaches: tuple[Reach, ...], preferred: Any, precision: Any
 ) -> Any:
     """The convolution proper, all dims of a kind merged into one: batch, spatial dims, groups x channels."""
-    lhs, (b, s) = reached.array, (len(roles.batch), len(reaches))
+    (b, s) = len(roles.batch), len(reaches)
+    for position in range(s):
+        reached, reaches = _padded_within(reached, reaches, position, b + position)
+    lhs = reached.array
     i = s + len(roles.inputs)
     g = i + len(roles.groups)
     groups, outputs = rhs.shape[i:g], rhs.shape[g:]
@@ -285,6 +288,19 @@ def _product(
         preferred_element_type=preferred,
     )
     return out.reshape(lhs.shape[:b] + out.shape[1:-1] + groups + outputs)
+
+
+def _padded_within(reached: Stretch, reaches: tuple[Reach, ...], i: int, at: int) -> tuple[Stretch, tuple[Reach, ...]]:
+    """No more padding before a dim than a window sees beside an input; what is more is done here. Its gradient would be
+    a convolution with padding below zero, for which XLA reads beyond the array on a CPU (JAX 0.10)."""
+    reach, (before, after) = reaches[i], reached.ends[i]
+    more = before - (reach.span - 1)
+    if more <= 0:
+        return reached, reaches
+    widths = [(more, 0, reach.spread - 1) if p == at else (0, 0, 0) for p in range(reached.array.ndim)]
+    array = lax.pad(reached.array, jnp.zeros((), reached.array.dtype), widths)
+    ends = (*reached.ends[:i], (before - more, after), *reached.ends[i + 1 :])
+    return Stretch(array, ends, reached.skips), (*reaches[:i], replace(reach, spread=1), *reaches[i + 1 :])
 
 
 def _sum_of_products(reached: Stretch, rhs: Any, roles: _Roles, reaches: tuple[Reach, ...], preferred: Any) -> Any:

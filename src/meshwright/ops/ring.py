@@ -166,7 +166,7 @@ class _Device:
             return (work(state, pieces, self.origin(direction * hop)), following), None
 
         if hops > 1:
-            (state, pieces), _ = lax.scan(visit, (state, pieces), jnp.arange(1, hops))
+            (state, pieces), _ = lax.scan(visit, (state, pieces), jnp.arange(1, hops, dtype=jnp.int32))
         return work(state, pieces, self.origin(direction * hops))
 
     def send(self, pieces: Any, distance: int) -> Any:
@@ -229,8 +229,9 @@ def _backward(ring: Ring, residuals: Any, gradient: Array) -> tuple[Array, Array
         return to_q, to_theirs
 
     walks = [(direction, hops, on.send(pieces, direction)) for direction, hops in ring.walks(on.length)]
-    to_q = [jnp.zeros_like(q, jnp.float32) for q in queries]
-    to_own = [[jnp.zeros_like(x, jnp.float32) for x in piece[:2]] for piece in pieces]
+    wide = logs[0].dtype
+    to_q = [jnp.zeros_like(q, wide) for q in queries]
+    to_own = [[jnp.zeros_like(x, wide) for x in piece[:2]] for piece in pieces]
     for to, by, sight in on.own():
         k, v, _ = pieces[by]
         mine, theirs = (on.tokens(pieces[i], i, on.here) for i in (to, by))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from ..ops.attended import Attended, Lying
-from ..ops.blocks import Sight
+from ..ops.blocks import Sight, scored_in
 from ..ops.ring import Ring
 from ..scope import Axes
 from .known import Known
@@ -139,7 +139,8 @@ class _Parts:
             around = [self._row(PERMUTE, x, x.dtype, 1 / pieces, pieces * hops * times) for x in (of.k, of.v)]
             if back:
                 turns = pieces * (hops + len(walks)) * times
-                around += [self._row(PERMUTE, x, "float32", 1 / pieces, turns) for x in (of.k, of.v)]
+                wide = str(scored_in(of.q.dtype, of.k.dtype, of.v.dtype))
+                around += [self._row(PERMUTE, x, wide, 1 / pieces, turns) for x in (of.k, of.v)]
             halves = [self._row(PERMUTE, x, x.dtype, 1 / 2, leaving * times) for x in (of.q, of.k, of.v, of.out)]
             rows += [row for row in (*halves, *around) if row.times]
             hidden += min(self._seconds(around) or 0.0, self._multiplying(_PRODUCTS[back], pieces) * hops * times)
