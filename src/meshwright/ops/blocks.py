@@ -141,6 +141,8 @@ def see_own(seen: Seen | None, q: Array, k: Array, v: Array, queries: Tokens, ke
     """``see`` where queries and keys are the same tokens: parts of the queries, each with the keys within its sight."""
     found, parts, num = [], *_parts(k.shape[2], sight)
     blocks = Blocks.of(k, v, keys, num)
+    if seen is None and not q.size:
+        seen = nothing(q, k, v)
     for (first, last), ranges in parts:
         mine, asking, tokens = _rows(seen, first, last), _rows(q, first, last), _range(queries, first, last)
         for which, within in ranges:
@@ -154,7 +156,7 @@ def _see_blocks(seen: Seen | None, q: Array, blocks: Blocks, which: range, queri
         k, v, keys = blocks.at(i)
         return _see_block(seen, q, k, v, sight.mask(queries, keys)), None
 
-    if seen is None and len(which) != 1:
+    if seen is None and len(which) > 1:
         seen = nothing(q, blocks.k, blocks.v)
     return _over(which, step, seen)  # type: ignore[no-any-return]
 
@@ -298,7 +300,7 @@ def _masked(mask: Array | None, x: Array, otherwise: float) -> Array:
 def _parts(num: int, sight: Sight) -> tuple[list[Part], int]:
     """Of ``num`` tokens that look at themselves: the parts of the queries, and the number of blocks of the keys."""
     if not num:
-        return [((0, 0), [(range(0), sight)])], 1
+        return [((0, 0), [])], 1
     fitting = (n for n in range(MOST_PARTS, 0, -1) if num % n == 0 and num // n >= MOST_KEYS)
     size = num // next(fitting, 1) if sight != Sight() else num
     each = _num_blocks(size)
