@@ -203,6 +203,9 @@ def test_buffers_that_never_meet_share_memory() -> None:
     assert packed([]) == 0
     # Into the smallest hole that is large enough: 1 MiB lies beside 2 while 3 is free below.
     assert packed([buffer(4 * MIB, 0, 9), buffer(2 * MIB, 0, 3), buffer(2 * MIB, 4, 9), buffer(MIB, 0, 1)]) == 7 * MIB
+    # As they are made, 2 MiB lie beside what is gone when 3 come, for which the hole is too small.
+    in_turn = [buffer(2 * MIB, 0, 1), buffer(3 * MIB, 1, 2), buffer(3 * MIB, 2, 3)]
+    assert (packed(in_turn), packed(in_turn, as_made=True)) == (6 * MIB, 8 * MIB)
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 20), st.integers(0, 8)), max_size=12))
@@ -220,7 +223,7 @@ def test_a_scratch_memory_holds_what_is_there_briefly() -> None:
     assert outside([brief, long, large, handed_on], 0) == [brief, long, large, handed_on]
     kept = outside([brief, long, large, handed_on], 16 * MIB)
     assert set(map(id, kept)) == {id(large), id(handed_on)}
-    assert set(map(id, outside([brief, long], 15 * MIB + MIB // 2))) == {id(brief), id(long)}
+    assert set(map(id, outside([brief, long], 13 * MIB))) == {id(brief), id(long)}
     assert outside([brief, buffer(4 * MIB, 0, 9)], 16 * MIB) == []
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from ..tensor import PARAMETER
 from .buffers import Buffer, Buffers
+from .hardware import Hardware
 from .heap import most_bytes, outside, packed
 from .lineage import Lineage
 from .origin import BACKWARD, FORWARD, RECOMPUTE, UPDATE, Origin
@@ -85,13 +86,14 @@ class Memory:
         return self.argument_bytes + self.temporary_bytes + self.output_bytes - self.alias_bytes
 
 
-def memory_of(program: Program, lineage: Lineage, scratch_bytes: int = 0) -> Memory:
-    """The memory of a program on a device whose scratch memory holds ``scratch_bytes``."""
+def memory_of(program: Program, lineage: Lineage, hardware: Hardware | None = None) -> Memory:
+    """The memory of a program on a device of this kind; None: of any."""
+    scratch_bytes, as_made = (hardware.scratch_bytes, hardware.platform == "tpu") if hardware else (0, False)
     buffers = Buffers.of(program, lineage)
     results = _results(program, buffers)
     returned = {id(buffer) for buffer in results.buffers}
     temporaries = outside([b for b in buffers.found if id(b) not in returned], scratch_bytes)
-    heap = packed(temporaries)
+    heap = packed(temporaries, as_made)
     counted = ((b.num_bytes, b.start, min(b.end, b.in_loop_until)) for b in temporaries if not b.in_turn)
     arguments = _arguments(program, lineage)
     held = [*((b, _kind_of(b)) for b in temporaries), *((b, OUTPUTS) for b in results.beside)]

@@ -75,8 +75,7 @@ class Plan:
     @functools.cached_property
     def memory(self) -> Memory:
         """What a device holds, and when: arguments, what is saved for the backward pass, temporaries."""
-        scratch = self.machine.hardware.scratch_bytes if self.machine is not None else 0
-        return memory_of(self.program, self._lineage, scratch)
+        return memory_of(self.program, self._lineage, self.machine.hardware if self.machine is not None else None)
 
     def time(self, hardware: "str | Hardware | Topology | Mesh | Machine | None" = None) -> Times:
         """How long a call takes, and what it waits for.
@@ -140,8 +139,7 @@ class Plan:
             ValueError: no topology is known, there is no compiler for it here, or it has other devices than the mesh.
         """
         target = Target.of(on, self.machine, self.program)
-        scratch = target.hardware.scratch_bytes if target.hardware is not None else 0
-        memory = planned_memory(memory_of(self.program, self._lineage, scratch), target)
+        memory = planned_memory(memory_of(self.program, self._lineage, target.hardware), target)
         planned = Planned(self.name, self.program.sizes, memory, self.collectives, largest_of(self.program))
         return compiled(self.program, self.call, target, planned, options or {})
 
