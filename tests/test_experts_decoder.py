@@ -144,6 +144,7 @@ def test_a_recipe_keeps_its_experts() -> None:
     [
         ({"router": "topk"}, r"there is no router 'topk'. Did you mean 'top-k'"),
         ({"dispatch": "drop"}, r"there is no dispatch 'drop'"),
+        ({"shared_ff": 16}, r"shared_ff is 16, which is of experts, and there .*none.* num_experts=8"),
         ({"num_experts": -1}, "num_experts is -1; it must not be negative"),
         ({"router": "hash", "bias_rate": 0.1}, "bias_rate is for tokens that choose: router is 'hash'"),
     ],

@@ -3,7 +3,7 @@
 Dims: those of ``nn/experts.py``; ``depth`` counts layers where what each of them tells is set side by side.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import jax
 
@@ -59,6 +59,12 @@ class ExpertsConfig:
                 raise fail(f"ExpertsConfig: {name} is {getattr(self, name)}; it must not be negative.")
         if self.bias_rate and self.router != "top-k":
             raise fail(f"ExpertsConfig: bias_rate is for tokens that choose: router is {self.router!r}, not 'top-k'.")
+        beside = [f for f in fields(self) if f.name != "num_experts" and getattr(self, f.name) != f.default]
+        if beside and not self.num_experts:
+            raise fail(
+                f"ExpertsConfig: {beside[0].name} is {getattr(self, beside[0].name)!r}, which is of experts, and there "
+                f"are none: num_experts is 0. Say how many, num_experts=8, or leave it out."
+            )
 
     def make(self, embed: Dim, ff: Dim, *, key: jax.Array, scale: float) -> MixtureOfExperts:
         """The layer.
