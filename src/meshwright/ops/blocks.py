@@ -76,10 +76,12 @@ class Sight:
     def mask(self, queries: Tokens, keys: Tokens) -> Array | None:
         """(batch or 1, queries, keys); None: every query sees every key."""
         parts = []
+        shape = (1, queries.places.size, keys.places.size)
+        here, there = (lax.broadcast_in_dim(x.places, shape, (i,)) for i, x in ((1, queries), (2, keys)))
         if self.causal:
-            parts.append((queries.places[:, None] >= keys.places[None])[None])
+            parts.append(lax.ge(here, there))
         if self.window is not None:
-            parts.append((jnp.abs(queries.places[:, None] - keys.places[None]) < self.window)[None])
+            parts.append(lax.lt(lax.abs(lax.sub(here, there)), jnp.int32(self.window)))
         if queries.segments is not None and keys.segments is not None:
             parts.append(queries.segments[:, :, None] == keys.segments[:, None])
         if not parts:
@@ -127,7 +129,8 @@ class Blocks(NamedTuple):
 
     def at(self, i: Any) -> tuple[Array, Array, Tokens]:
         """The keys and values of a block, and which tokens they are."""
-        k, v, places, segments = (None if x is None else lax.dynamic_index_in_dim(x, i, 0, False) for x in self)
+        index = lax.index_in_dim if isinstance(i, int) else lax.dynamic_index_in_dim
+        k, v, places, segments = (None if x is None else index(x, i, 0, False) for x in self)
         return k, v, Tokens(places, segments)
 
 
@@ -217,11 +220,11 @@ def see_own_back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, si
 def _back(of: Kept, k: Array, v: Array, queries: Tokens, keys: Tokens, parts: list[Part], num: int) -> Gradients:
     blocks = Blocks.of(k, v, keys, num)
     wide = of.log_total.dtype
-    to_blocks = jnp.zeros_like(blocks.k, wide), jnp.zeros_like(blocks.v, wide)
+    to_blocks = lax.full_like(blocks.k, 0, wide), lax.full_like(blocks.v, 0, wide)
     found = []
     for (first, last), ranges in parts:
         mine, tokens = _rows(of, first, last), _range(queries, first, last)
-        state: Any = jnp.zeros_like(mine.q, wide), to_blocks
+        state: Any = lax.full_like(mine.q, 0, wide), to_blocks
         for which, within in ranges:
             state = _see_blocks_back(state, mine, blocks, which, tokens, within)
         to_q, to_blocks = state
@@ -235,9 +238,15 @@ def _see_blocks_back(state: Any, of: Kept, blocks: Blocks, which: range, queries
         to_q, to_blocks = state
         k, v, keys = blocks.at(i)
         more, *to_block = _see_block_back(of, k, v, sight.mask(queries, keys))
-        return (to_q + more, tuple(x.at[i].add(y) for x, y in zip(to_blocks, to_block, strict=True))), None
+        return (lax.add(to_q, more), tuple(_added_at(i, *pair) for pair in zip(to_blocks, to_block, strict=True))), None
 
     return _over(which, step, state)
+
+
+def _added_at(i: Any, blocks: Array, more: Array) -> Array:
+    if blocks.shape[0] == 1:
+        return lax.add(blocks, lax.expand_dims(more, (0,)))
+    return blocks.at[i].add(more)
 
 
 def _rows(x: Any, first: int, last: int) -> Any:

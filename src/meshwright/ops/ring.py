@@ -102,7 +102,8 @@ class _Device:
     def _not_before(self, x: Any) -> Any:
         """``x``, not to be had before the queries are there. What depends on nothing that a loop over layers hands on
         (masks, made of positions and segments) JAX takes out of that loop, and holds it whole for every block."""
-        return lax.optimization_barrier((x, self.beside.ravel()[:1]))[0]
+        first = lax.slice(self.beside, (0,) * self.beside.ndim, [min(1, n) for n in self.beside.shape])
+        return lax.optimization_barrier((x, first))[0]
 
     # Where tokens lie
 
@@ -230,8 +231,8 @@ def _backward(ring: Ring, residuals: Any, gradient: Array) -> tuple[Array, Array
 
     walks = [(direction, hops, on.send(pieces, direction)) for direction, hops in ring.walks(on.length)]
     wide = logs[0].dtype
-    to_q = [jnp.zeros_like(q, wide) for q in queries]
-    to_own = [[jnp.zeros_like(x, wide) for x in piece[:2]] for piece in pieces]
+    to_q = [lax.full_like(q, 0, wide) for q in queries]
+    to_own = [[lax.full_like(x, 0, wide) for x in piece[:2]] for piece in pieces]
     for to, by, sight in on.own():
         k, v, _ = pieces[by]
         mine, theirs = (on.tokens(pieces[i], i, on.here) for i in (to, by))
