@@ -26,6 +26,7 @@ from .lineage import Lineage
 from .origin import Origin
 from .program import Block, Choice, Loop, Node, Op, Program, Value, reads_of
 from .touched import VIEWS, Passes, passes_of
+from .traffic import is_collective
 
 _CAST = "convert_element_type"
 _SLICES = frozenset({"dynamic_slice", "slice"})
@@ -52,6 +53,8 @@ class Buffer:
     """Whether a loop hands it on or fills it: it stays in the device's large memory."""
     of_parameter: bool = False
     """Whether it holds a parameter, gathered or cast."""
+    of_collective: bool = False
+    """Whether a collective's result lies in it."""
     read_in: set[str] = field(default_factory=set)
     """The directions of the operations that read it."""
 
@@ -140,6 +143,7 @@ class Buffers:
                 self._fused[id(v)] = op.ins[:1]
 
     def _op(self, op: Op, passes: Passes, narrow: dict[int, int], in_turn: bool) -> None:
+        sent = is_collective(op)
         for v in op.outs:
             if (stack := self._slots.get(id(v))) is not None:
                 self._of[id(v)], stack.origin = stack, op.origin
@@ -148,7 +152,7 @@ class Buffers:
             elif op.name in _SLICES or passes.keeps(op, v):
                 self._fused[id(v)] = op.ins
             else:
-                self._make(v, op.origin, in_turn, narrow.get(id(v), 0))
+                self._make(v, op.origin, in_turn, narrow.get(id(v), 0)).of_collective = sent
 
     def _choice(self, choice: Choice, in_turn: bool) -> None:
         """A result is where the branches make it. What a pipeline's state hands through a branch as it is, others

@@ -78,7 +78,9 @@ class Hardware:
     tile: int
     """The side of the matrix unit: a shorter dim of a product leaves a part of it idle."""
     scratch_bytes: int = 0
-    """Memory on the chip that a compiler gives to temporaries (of a TPU, its VMEM); 0: none."""
+    """Memory on the chip that a compiler gives to temporaries (of a TPU, its VMEM; of a v4, its CMEM); 0: none."""
+    scratch_collectives: bool = True
+    """Whether the results of collectives may lie there."""
     usable_bytes: int = 0
     """Memory that programs may use; 0: all of it. Of TPUs, what their compiler takes as there, in its own rounding."""
     wraps: str = ""

@@ -88,12 +88,14 @@ class Memory:
 
 def memory_of(program: Program, lineage: Lineage, hardware: Hardware | None = None) -> Memory:
     """The memory of a program on a device of this kind; None: of any."""
-    scratch_bytes, as_made = (hardware.scratch_bytes, hardware.platform == "tpu") if hardware else (0, False)
+    on_tpu = hardware is not None and hardware.platform == "tpu"
     buffers = Buffers.of(program, lineage)
     results = _results(program, buffers)
     returned = {id(buffer) for buffer in results.buffers}
-    temporaries = outside([b for b in buffers.found if id(b) not in returned], scratch_bytes)
-    heap = packed(temporaries, as_made)
+    temporaries = [b for b in buffers.found if id(b) not in returned]
+    if hardware is not None:
+        temporaries = outside(temporaries, hardware.scratch_bytes, hardware.scratch_collectives)
+    heap = packed(temporaries, as_made=on_tpu)
     counted = ((b.num_bytes, b.start, min(b.end, b.in_loop_until)) for b in temporaries if not b.in_turn)
     arguments = _arguments(program, lineage)
     held = [*((b, _kind_of(b)) for b in temporaries), *((b, OUTPUTS) for b in results.beside)]

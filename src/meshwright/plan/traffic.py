@@ -102,6 +102,11 @@ def sent_by_busiest(rows: Sequence[Collective]) -> tuple[Collective, ...]:
     return tuple(row for row in mine if row.times)
 
 
+def is_collective(op: Op) -> bool:
+    """Whether an operation sends anything."""
+    return any(True for _ in rows_of(op))
+
+
 def rows_of(op: Op, runs: Runs = (1,), sure: bool = True) -> Iterator[Collective]:
     """The collectives that one operation is: none, or one for each of its operands."""
     kind = _KIND.get(op.name)
