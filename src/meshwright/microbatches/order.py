@@ -12,7 +12,9 @@ its stages on one microbatch, and sends what comes out to its neighbour, who has
 Each device does its passes in an order of its own, as early as what they need is there. *1F1B* (Narayanan et al., 2019)
 has at most as many microbatches in work on a device as there are stages from there on; the two kinds of pass fall on
 alternate ticks, so that neighbours exchange at fixed times. *Interleaved* (Narayanan et al., 2021) is the same with
-several stages on a device. *GPipe* (Huang et al., 2019) does all forward passes first.
+several stages on a device. Then the last device hands on to the first, all wait for each other, and so all do passes
+forward in one tick and backward in the next: in a tick with both, a pass forward would wait for one backward, which is
+about three times as long. *GPipe* (Huang et al., 2019) does all forward passes first.
 
 What arrives is put into a slot until its last use; slots are dealt out here too.
 """
@@ -55,6 +57,11 @@ class Order:
     @property
     def num_ticks(self) -> int:
         return len(self.passes)
+
+    @functools.cached_property
+    def busy_ticks(self) -> tuple[int, ...]:
+        """Those in which any device does a pass. The others take no time."""
+        return tuple(t for t, row in enumerate(self.passes) if any(row))
 
     @property
     def num_runs(self) -> int:
@@ -114,17 +121,18 @@ def ordered(schedule: str, num_devices: int, num_runs: int, num_microbatches: in
         backward: whether there are backward passes at all.
     """
     work = [_Device(schedule, d, num_devices, num_runs, num_microbatches, backward) for d in range(num_devices)]
-    alternate = backward and schedule == "1f1b" and num_runs == 1
+    alternate = backward and schedule == "1f1b"
     done: dict[Pass, int] = {}
     rows: list[tuple[Pass | None, ...]] = []
     while any(device.left for device in work):
         t = len(rows)
-        kinds = [("BF"[(t - d) % 2 == 0],) if alternate else (FORWARD, BACKWARD) for d in range(num_devices)]
+        at = [t - d if num_runs == 1 else t for d in range(num_devices)]
+        kinds = [((FORWARD, BACKWARD)[i % 2],) if alternate else (FORWARD, BACKWARD) for i in at]
         row = tuple(device.next(done, kind) for device, kind in zip(work, kinds, strict=True))
         done.update({p: t for p in row if p is not None})
         rows.append(row)
-        assert any(row) or alternate, "no device can go on"
-    if backward and schedule == "1f1b" and len(rows) % 2:
+        assert any(any(row) for row in rows[-1 - alternate :]), "no device can go on"
+    if alternate and len(rows) % 2:
         rows.append((None,) * num_devices)
     return Order(schedule, num_devices, num_devices * num_runs, num_microbatches, tuple(rows))
 

@@ -8,9 +8,9 @@ devices do, and hands its result on. The turns are played through, one after the
     a permute                two devices that it joins wait for each other, then both clocks go on by its seconds
 
 Which devices a permute joins is written into the program: those that hand something on in any turn, so that they also
-wait for each other in the turns in which nothing is handed on. Where backward passes take longer than forward passes
-and 1F1B has neighbours do the one and the other in the same turn, each turn takes as long as a pass backward: then the
-bubble in seconds is larger than that in ticks.
+wait for each other in the turns in which nothing is handed on. Where the one does a pass forward and the other one
+backward, which takes longer, the first waits: along a line of devices under 1F1B once only, until later ones have run
+ahead by the difference.
 
     bubble = 1 - (mean over devices of the seconds in passes) / seconds of the loops
 """
@@ -145,6 +145,7 @@ class Pipeline:
     """Stages on each device."""
     num_microbatches: int
     num_ticks: int
+    """Those in which any device does a pass."""
     seconds: float | None
     """Of its loops; None without a machine, as of ``bubble``."""
     bubble: float | None
@@ -192,7 +193,7 @@ def _pipeline(
         order.num_devices,
         order.num_runs,
         order.num_microbatches,
-        order.num_ticks,
+        len(order.busy_ticks),
         seconds,
         1 - sum(busy) / len(busy) / seconds if seconds else None,
         order.bubble,
@@ -209,7 +210,7 @@ def _device(
     memory_bytes: int,
     starts: dict[Pass, tuple[float, float]],
 ) -> StageDevice:
-    mine = [(t, p) for t, row in enumerate(order.passes) if (p := row[d]) is not None]
+    mine = [(i, p) for i, t in enumerate(order.busy_ticks) if (p := order.passes[t][d]) is not None]
     unknown = (None, None)
     places = slots(order, FORWARD).of
     kept = len({slot for (stage, _), slot in places.items() if stage % order.num_devices == d})
@@ -223,7 +224,7 @@ def _device(
         kept=kept,
         kept_bytes=kept * input_bytes,
         memory_bytes=memory_bytes,
-        passes=tuple(Drawn(p.kind, p.stage, p.microbatch, t, *starts.get(p, unknown)) for t, p in mine),
+        passes=tuple(Drawn(p.kind, p.stage, p.microbatch, i, *starts.get(p, unknown)) for i, p in mine),
     )
 
 

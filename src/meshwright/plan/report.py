@@ -203,6 +203,7 @@ def _pipeline(pipeline: Pipeline) -> Iterator[RenderableType]:
         bubble += f", {pipeline.bubble:.0%} of {show_seconds(pipeline.seconds)}"
     yield Text.assemble(("pipe    ", "bold"), f"{how}; {bubble}")
     table = new_table("device", "stages", "passes", "busy", "work", "in work", "kept", "memory", left=(1,))
+    table.collapse_padding = True  # the widest of all tables: at 80 columns each figure is whole
     for d, device in enumerate(pipeline.devices):
         table.add_row(
             str(d),
