@@ -53,7 +53,8 @@ class PlanStep(Command):
     """Write the plan as JSON, and nothing else."""
 
     def defaults(self) -> Self | None:
-        """The recipe of a run; or a named model, and a batch that described devices can share."""
+        """The recipe of a run; or a named model, and a batch that described devices can share. Its layers are one loop:
+        mw train unrolls them because a CPU is faster so."""
         if self.resume is not None:
             self.where.place()
             with Checkpoints(self.resume) as checkpoints:
@@ -62,7 +63,8 @@ class PlanStep(Command):
             return None
         recipe = Recipe() if self.model is None else Recipe(model=sized(self.model), batch=1, length=LENGTH)
         num = self.where.num_devices
-        return type(self)(recipe=dataclasses.replace(recipe, batch=-(-recipe.batch // num) * num))
+        looped = dataclasses.replace(recipe.model, unroll=False)
+        return type(self)(recipe=dataclasses.replace(recipe, model=looped, batch=-(-recipe.batch // num) * num))
 
     def run(self) -> int:
         self._check()
