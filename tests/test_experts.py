@@ -378,6 +378,16 @@ def _sizes_in(jaxpr: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+@pytest.mark.parametrize("ff", ["ff:data", "ff:(model,data)"])
+def test_an_axis_of_the_tokens_does_not_split_an_expert(dispatch: str, ff: str) -> None:
+    """Each device along it has other rows: sums over the width would add up tokens of different sequences."""
+    leaves, program = _leaves(_mixture("top-2", dispatch))
+    inside = mw.spmd(program, mw.Mesh("data=4, model=2"), mw.Layout(f"batch:data, {ff}"))
+    with pytest.raises(ValueError, match="both split over the axis 'data'"):
+        inside(*_inputs(), *leaves)
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
 def test_nothing_is_of_tokens_by_experts_by_places(dispatch: str) -> None:
     length, capacity = 256, math.ceil(1.25 * 256 * 2 / EXPERTS)
     x = mw.random.normal(_key(8), mw.dims(batch=2, length=length, embed=EMBED))

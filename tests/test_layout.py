@@ -465,6 +465,20 @@ def test_like_gives_a_models_own_names_an_inheritance() -> None:
     assert "memory=4/x" in str(where)
 
 
+def test_the_width_of_experts_inherits_that_of_feed_forward_layers() -> None:
+    """In use less the axes of the experts, and at rest; a rule for ``ff`` is of use where only experts have a width."""
+    assert dict(Layout("experts:data, ff:model").splits())["expert_ff"] == ("model",)
+    assert dict(Layout("experts:model, ff:model").splits())["expert_ff"] == ()
+    mesh, width = mw.Mesh("data=2, model=4"), mw.dims(experts=4, embed=8, expert_ff=8)
+    layout = Layout("ff:model", params="ff:data")
+    assert layout.at_rest(layout.scope(mesh), width, "parameter") == ((), (), ("data",))
+    held = layout.explain(mw.zeros(width).astype("float32"), mesh, "parameter")
+    assert held.notes == ()
+    assert layout.unused(["experts", "expert_ff"]) == [] != layout.unused(["experts"])
+    own = Layout("ff:model, expert_ff:data")
+    assert "'ff' was not used" in own.unused(["expert_ff"])[0]
+
+
 def test_inheritance_in_a_circle_is_refused() -> None:
     assert "a -> b -> a" in refused(lambda: Layout("a:x", like="a:b, b:a"))
     assert "in a circle" in refused(lambda: Layout("a:x", like="heads:attention_heads"))

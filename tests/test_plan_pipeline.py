@@ -270,8 +270,9 @@ def test_a_permute_waits_for_both_of_its_ends_and_for_no_one_else() -> None:
     assert run.busy_seconds == (10.0, 1.0, 0.0, 0.0)
 
 
-def test_where_neighbours_do_the_one_and_the_other_each_tick_takes_the_longer() -> None:
-    """1F1B on 2 devices, 8 microbatches: its 18 ticks are one of each end's and 16 that both spend together."""
+def test_where_neighbours_exchange_in_each_tick_it_takes_the_longer_pass() -> None:
+    """1F1B on 2 devices, 8 microbatches, joined in each of 18 ticks (its own program joins them in every second one
+    only): one tick of each end's alone, and 16 that both spend together."""
     order = ordered("1f1b", 2, 1, 8, True)
     run = played(by_hand(order, 1.0, 3.0), order.num_ticks)
     mixed = [{p.kind for p in row if p is not None} for row in order.passes]
@@ -446,3 +447,10 @@ def test_virtual_stages_mend_it_too() -> None:
     warning = found("bubble", planned("pipe=2", microbatches=4))
     assert "virtual_stages=4 leaves 6%, where the layers are a multiple of 8" in warning.remedy
     absent("bubble", planned("pipe=2", microbatches=4, virtual_stages=4))
+
+
+def test_microbatches_that_the_devices_do_not_divide_leave_holes() -> None:
+    """By hand, 4 devices, 2 stages on each, 6 microbatches: 24 passes of a device in 34 ticks."""
+    warning = found("bubble", planned(microbatches=6, virtual_stages=2, batch=24))
+    assert "for 29% of the ticks a device waits: 4 devices do not divide 6 microbatches" in warning.message
+    assert warning.remedy == "microbatches=16 leaves 9%."

@@ -347,6 +347,7 @@ BAD_PROFILES = {
     "a rate without a size": (MINE.replace("size = 8192, ", ""), "chip 'v3', matmul: .*'size'"),
     "a rate that is no table": (MINE.replace("{ size = 8192, fraction = 0.83 }", "3"), "matmul: 3 is no table"),
     "a word for a number": (MINE.replace("tile = 128", 'tile = "128"'), "tile is '128', which is no number"),
+    "a word for yes or no": (f'{MINE}\noverlap = "false"', "overlap is 'false'; it is true or false"),
     "a switch of none": (MINE.replace('"torus"', '"switch"'), "network is a switch, so domain must be positive"),
     "no link": (MINE.replace("link_bytes_per_second = ", "link_bytes_per_second = -"), "so link_bytes_per_second must"),
     "another name": (MINE.replace('name = "v3"', 'name = "v33"'), r"'v33' is none \(TPU v3\)\. Did you mean 'v3'"),

@@ -90,6 +90,13 @@ def test_interleaved_no_pass_forward_waits_for_one_backward(devices: int, runs: 
             assert _most_in_work(order, d) == min(runs * num, ahead + 1)
 
 
+def test_a_last_group_that_is_smaller_leaves_holes() -> None:
+    order = ordered("1f1b", 4, 2, 6, True)
+    waits = sum(p is None for t in order.busy_ticks for p in order.passes[t])
+    assert order.bubble == pytest.approx(waits / (4 * len(order.busy_ticks)))
+    assert order.bubble > 3 / (2 * 6 + 3) + 0.05
+
+
 def test_a_slot_is_free_when_it_is_used_again() -> None:
     for schedule, devices, runs, num, backward in EVERY:
         order = ordered(schedule, devices, runs, num, backward)

@@ -40,6 +40,8 @@ UNKNOWN = "N/A"
 NUM_PICTURES = 4
 Place = Callable[[Dims, Role, str], tuple[Split, Split]]
 """From a tensor's dims, its role and its path to the axes of each dim: by compute rules, and further ones at rest."""
+Ruled = Mapping[str, set[str]]
+"""The names that rules at rest speak of, each with those that lie by its rule."""
 
 
 @dataclass(frozen=True)
@@ -154,21 +156,21 @@ class Explanation:
 
 
 def explain(
-    tree: Any, mesh: Mesh, place: Place, layout: str, role: Role | None, at_rest: Mapping[Role, Sequence[str]]
+    tree: Any, mesh: Mesh, place: Place, layout: str, role: Role | None, at_rest: Mapping[Role, Ruled]
 ) -> Explanation:
-    """The explanation of a tree: see ``Layout.explain``. ``at_rest``: for a role the dims that it has rules for."""
+    """The explanation of a tree: see ``Layout.explain``. ``at_rest``: the rules of each role."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tensor)
     found = (_held(path_text(path), x, mesh, place, role) for path, x in leaves)
     tensors = tuple(held for held in found if held is not None)
     return Explanation(tensors, mesh, layout, tuple(_unmet(tensors, at_rest)))
 
 
-def _unmet(tensors: Sequence[Held], at_rest: Mapping[Role, Sequence[str]]) -> Iterator[str]:
+def _unmet(tensors: Sequence[Held], at_rest: Mapping[Role, Ruled]) -> Iterator[str]:
     """A note for each rule at rest that no tensor of its role has the dim of."""
     for role in dict.fromkeys(held.role for held in tensors):
         met = sorted({d.name for held in tensors if held.role == role for d in held.dims})
-        for name in at_rest.get(role, ()):
-            if name not in met:
+        for name, lying in at_rest.get(role, {}).items():
+            if lying.isdisjoint(met):
                 why = f"no tensor of the role {role!r} has it.{nearest(name, met)}"
                 yield f"The rule at rest for {name!r} splits nothing: {why}"
 

@@ -11,7 +11,7 @@ With ``length:context`` attention's length is split over ``context`` too (a ring
 beside it, the length is not, and the rename from one to the other is one all-to-all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ NOTATION = Notation("Layout: like=", "dim", "name:base or name:base-other", ":",
 
 LIKE = (
     "residual_length:length, attention_length:length-attention_heads-attention_group, attention_heads:heads, "
-    "attention_group:group, routed_batch:batch-experts"
+    "attention_group:group, routed_batch:batch-experts, expert_ff:ff-experts"
 )
 """What the names that this package's models use inherit."""
 
@@ -75,6 +75,18 @@ def resolved(name: str, rules: Mapping[str, Axes], inherited: Mapping[str, Inher
     entry = inherited[name]
     taken = {axis for other in entry.less for axis in resolved(other, rules, inherited)}
     return tuple(axis for axis in resolved(entry.base, rules, inherited) if axis not in taken)
+
+
+def with_bases(names: Iterable[str], rules: Container[str], inherited: Mapping[str, Inherited]) -> set[str]:
+    """These names, and those whose axes they have because no rule speaks of them."""
+    found = set(names)
+    ahead = list(found)
+    while ahead:
+        name = ahead.pop()
+        if name in inherited and name not in rules and (base := inherited[name].base) not in found:
+            found.add(base)
+            ahead.append(base)
+    return found
 
 
 def inherited_text(pairs: tuple[tuple[str, Inherited], ...]) -> str:

@@ -19,7 +19,7 @@ nothing of devices; ``check`` and ``scope`` hold it against a mesh, ``explain`` 
 
 import functools
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Never
 
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from .collectives import TIME
 from .dims import Dims, show
 from .errors import fail, fail_type, nearest
 from .explain import Explanation, explain
-from .inherit import LIKE, Inherited, inherited_text, read_inherited, resolved
+from .inherit import LIKE, Inherited, inherited_text, read_inherited, resolved, with_bases
 from .mesh import Mesh
 from .notation import Notation, check_known
 from .scope import Axes, Scope, Split, Stages
@@ -91,6 +91,12 @@ class AtRest:
             if d.size % scope.size(compute[i] + axes):
                 raise fail(self._indivisible(scope, these, i, compute[i], axes, asked))
         return rest
+
+    def inherited(self, names: Iterable[str], like: Mapping[str, Inherited]) -> "AtRest":
+        """The same, with rules for those of these names that inherit one."""
+        rules = dict(self.pairs)
+        more = ((name, resolved(name, rules, like)) for name in names if name in like and name not in rules)
+        return replace(self, pairs=(*self.pairs, *((name, axes) for name, axes in more if axes)))
 
     @staticmethod
     def _along_best(scope: Scope, these: Dims, compute: Split, axes: Axes) -> Split:
@@ -254,6 +260,11 @@ class Layout:
         }
         return ", ".join(f"{name}={value}" for name, value in written.items() if value)
 
+    @property
+    def inherited(self) -> dict[str, Inherited]:
+        """What names inherit where no rule speaks of them: what holds for this package's models, and ``like=``."""
+        return {**_LIKE, **dict(self.like)}
+
     def names(self) -> tuple[str, ...]:
         """Every dim name that a rule of this layout speaks of."""
         every = (*self.pairs, *self.params.pairs, *self.optimizer.pairs)
@@ -261,6 +272,7 @@ class Layout:
 
     def unused(self, met: Collection[str]) -> list[str]:
         """What of this layout is of no use to a region that met dims of these names: a mistake more often than not."""
+        met = with_bases(met, self.rules, self.inherited)
         inherited = dict(self.like)
         asked = [(f"the rule for {name!r}", name) for name in self.names()]
         asked += [(f"like= for {name!r}", name) for name in inherited]
@@ -298,7 +310,7 @@ class Layout:
         Args:
             in_time: whether the dim of the microbatches is split over the axis of time too.
         """
-        rules, inherited = self.rules, {**_LIKE, **dict(self.like)}
+        rules, inherited = self.rules, self.inherited
         if in_time and self.microbatches:
             name, _ = self.microbatches
             rules[name] = (*rules.get(name, ()), TIME)
@@ -376,7 +388,9 @@ class Layout:
             return scope.split(these, asked), self.at_rest(scope, these, role or own, asked)
 
         rules = {PARAMETER: self.params, OPTIMIZER: self.optimizer}
-        named = {which: [name for name, _ in rest.pairs] for which, rest in rules.items()}
+        like = self.inherited
+        lying = {name: {n for n in (name, *like) if name in with_bases([n], (), like)} for name in self.names()}
+        named = {which: {name: lying[name] for name, _ in rest.pairs} for which, rest in rules.items()}
         return explain(tree, mesh, place, repr(self), role, named)
 
     def __repr__(self) -> str:
@@ -426,6 +440,7 @@ def _at_rest(layout: Layout, scope: Scope, these: Dims, role: Role, asked: str) 
     if role == ACTIVATION:
         return ((),) * len(these)
     rules = layout.optimizer if role == OPTIMIZER else layout.params
+    rules = rules.inherited((d.name for d in these), layout.inherited) if rules.pairs else rules
     return rules.split(scope, these, scope.split(these, asked), asked)
 
 

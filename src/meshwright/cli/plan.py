@@ -5,6 +5,7 @@ mw plan --devices 8 --compare "batch:data" "batch:data, ff:model, heads:model, v
 mw plan --model 10b --topology gpu:h100:64 --json
 
 What is planned is the step of ``mw train`` with the same flags: its model, its optimizer, its layout. No text is read.
+On described devices the layers are one loop, which ``mw train`` unrolls for CPUs; ``--unroll`` does so here.
 """
 
 import dataclasses
@@ -133,7 +134,8 @@ class PlanStep(Command):
         yield model_row(recipe.model)
         tokens = show_count(recipe.batch * recipe.length)
         remat = f", remat={recipe.model.remat}" if recipe.model.remat else ""
-        yield "step", f"batch={recipe.batch} x length={recipe.length}: {tokens} tokens{remat}"
+        unrolled = ", layers unrolled" if recipe.model.unroll else ""
+        yield "step", f"batch={recipe.batch} x length={recipe.length}: {tokens} tokens{remat}{unrolled}"
 
 
 def _compiled(side: Side) -> Side:

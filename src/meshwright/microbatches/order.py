@@ -60,7 +60,7 @@ class Order:
 
     @functools.cached_property
     def busy_ticks(self) -> tuple[int, ...]:
-        """Those in which any device does a pass. The others take no time."""
+        """Those in which any device does a pass. In the others they only exchange zeros."""
         return tuple(t for t, row in enumerate(self.passes) if any(row))
 
     @property
@@ -93,9 +93,10 @@ class Order:
 
     @property
     def bubble(self) -> float:
-        """The part of the time in which a device waits: (P - 1) / (v m + P - 1), whatever the schedule."""
-        run = self.num_runs * self.num_microbatches
-        return (self.num_devices - 1) / (run + self.num_devices - 1)
+        """The part of the busy ticks in which a device waits: (P - 1) / (v m + P - 1), whatever the schedule; more
+        where v > 1 and the devices do not divide the microbatches, for the last group leaves holes."""
+        whole = self.num_devices * len(self.busy_ticks)
+        return (whole - sum(p is not None for row in self.passes for p in row)) / whole
 
     def arrivals(self, kind: str) -> dict[tuple[int, int], tuple[int, int, int]]:
         """For each (device, tick) at which something arrives to be worked on by passes of ``kind``: the stage and the

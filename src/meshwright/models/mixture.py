@@ -1,6 +1,7 @@
 """Experts in a decoder: their sizes, how tokens are sent to them, and what is added to the loss to keep the load even.
 
-Dims: those of ``nn/experts.py``; ``depth`` counts layers where what each of them tells is set side by side.
+Dims: those of ``nn/experts.py``, but that an expert's width is ``expert_ff``, so that experts and a shared layer, whose
+width is ``ff``, may be split over one axis; ``depth`` counts layers where what each of them tells is set side by side.
 """
 
 from dataclasses import dataclass, fields
@@ -76,7 +77,7 @@ class ExpertsConfig:
             scale: a factor on the output projections' variance.
         """
         router, experts, shared = jax.random.split(key, 3)
-        width = Dim("ff", self.expert_ff or ff.size)
+        width = Dim("expert_ff", self.expert_ff or ff.size)
         return MixtureOfExperts(
             self._router(embed, router),
             GatedExperts(embed, Dim("experts", self.num_experts), width, key=experts, scale=scale),

@@ -73,6 +73,13 @@ class Rows:
         experts, summed, out = weight.dims
         assert experts == self.way.experts and (summed,) == self.dims and summed.name == over
         want = self.way.want | wanted(asked, weight.dims)
+        for d in (summed, out):
+            if both := set(all_axes((d,))).intersection(all_axes(self.way.tokens)):
+                raise fail(
+                    f"{asked}: the rows of tokens ({show(self.way.tokens)}) and the dim {d.name!r} of the experts' "
+                    f"({show(weight.dims)}) are both split over the axis {min(both)!r}.\n"
+                    f"  One axis splits at most one of the two. Give {d.name!r} another axis."
+                )
         rows, sizes = self._tensor().local(want), collectives.vary(self.sizes, want)
 
         def product(matrices: Any) -> Any:

@@ -249,6 +249,8 @@ def _made(form: Any, entry: Any, said: str) -> Any:
     for key, value in entry.items():
         if known[key].type in (int, float) and not isinstance(value, int | float):
             raise fail(f"{said}: {key} is {value!r}, which is no number.")
+        if known[key].type is bool and not isinstance(value, bool):
+            raise fail(f"{said}: {key} is {value!r}; it is true or false.")
     numbers = {key: float(value) for key, value in entry.items() if known[key].type is float}
     try:
         return form(**{**entry, **numbers})

@@ -151,7 +151,8 @@ class Pipeline:
     bubble: float | None
     """The part of ``seconds`` in which a device does no pass, the mean over devices."""
     ticks_bubble: float
-    """The part of the ticks in which it does none where all passes take one: (P - 1) / (v m + P - 1)."""
+    """The part of the ticks in which it does none where all passes take one: (P - 1) / (v m + P - 1); more where v > 1
+    and the devices do not divide the microbatches."""
     devices: tuple[StageDevice, ...]
 
 

@@ -532,11 +532,14 @@ def _bubble(known: Known) -> Iterator[PlanWarning]:
         p, v, m = pipeline.num_devices, pipeline.num_runs, pipeline.num_microbatches
         if pipeline.ticks_bubble <= BUBBLE:
             continue
-        more, dealt = m, v
+        more, dealt = m if v == 1 else -(-m // p) * p, v  # several stages want a multiple of the devices
         while _waits(p, v, more) > FINE_BUBBLE:
             more *= 2
         while _waits(p, dealt, m) > FINE_BUBBLE:
             dealt *= 2
+        other = (
+            f"; virtual_stages={dealt} leaves {_waits(p, dealt, m):.0%}, where the layers are a multiple of {p * dealt}"
+        )
         seconds = pipeline.seconds
         timed = f" Of the time it is {pipeline.bubble:.0%}." if seconds else ""
         yield PlanWarning(
@@ -544,16 +547,23 @@ def _bubble(known: Known) -> Iterator[PlanWarning]:
             "",
             0,
             f"{m} microbatches are few for {p * v} stages on {p} devices: for {pipeline.ticks_bubble:.0%} of the ticks "
-            f"a device waits, (P - 1) / (v m + P - 1) = {p - 1} / {v * m + p - 1}.{timed}",
+            f"a device waits{_formula(p, v, m)}.{timed}",
             0,
             pipeline.ticks_bubble * seconds if seconds else None,
-            f"microbatches={more} leaves {_waits(p, v, more):.0%}; virtual_stages={dealt} leaves "
-            f"{_waits(p, dealt, m):.0%}, where the layers are a multiple of {p * dealt}.",
+            f"microbatches={more} leaves {_waits(p, v, more):.0%}{'' if m % p else other}.",
         )
 
 
+def _formula(p: int, v: int, m: int) -> str:
+    """How the part of the ticks comes about in which a device of a pipeline waits."""
+    if v > 1 and m % p:
+        return f": {p} devices do not divide {m} microbatches, which leaves holes"
+    return f", (P - 1) / (v m + P - 1) = {p - 1} / {v * m + p - 1}"
+
+
 def _waits(num_devices: int, num_runs: int, num_microbatches: int) -> float:
-    """The part of the ticks in which a device of a pipeline waits."""
+    """The part of the ticks in which a device of a pipeline waits; with several stages, where the devices divide the
+    microbatches."""
     return (num_devices - 1) / (num_runs * num_microbatches + num_devices - 1)
 
 
