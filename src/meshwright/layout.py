@@ -272,7 +272,7 @@ class Layout:
 
     def unused(self, met: Collection[str]) -> list[str]:
         """What of this layout is of no use to a region that met dims of these names: a mistake more often than not."""
-        met = with_bases(met, self.rules, self.inherited)
+        used = with_bases(met, self.rules, self.inherited)
         inherited = dict(self.like)
         asked = [(f"the rule for {name!r}", name) for name in self.names()]
         asked += [(f"like= for {name!r}", name) for name in inherited]
@@ -280,7 +280,7 @@ class Layout:
         found = [
             f"{what} was not used: the region met no dim of that name.{nearest(name, sorted(met))}"
             for what, name in asked
-            if name not in met
+            if name not in used
         ]
         known = {*met, *self.rules, *_LIKE, *inherited}
         for name, entry in inherited.items():
