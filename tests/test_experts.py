@@ -377,12 +377,21 @@ def _sizes_in(jaxpr: Any) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
-@pytest.mark.parametrize("ff", ["ff:data", "ff:(model,data)"])
-def test_an_axis_of_the_tokens_does_not_split_an_expert(dispatch: str, ff: str) -> None:
-    """Each device along it has other rows: sums over the width would add up tokens of different sequences."""
+@pytest.mark.parametrize(
+    ("dispatch", "rules"),
+    [
+        ("capacity", "batch:data, ff:data"),
+        ("capacity", "batch:data, ff:(model,data)"),
+        ("dropless", "batch:data, ff:data"),
+        ("dropless", "batch:data, ff:(model,data)"),
+        ("dropless", "choices:data, ff:data"),
+        ("dropless", "choices:data, embed:data"),
+    ],
+)
+def test_an_axis_of_the_tokens_does_not_split_an_expert(dispatch: str, rules: str) -> None:
+    """Each device along it has other rows: a sum over the width would add up those of different tokens."""
     leaves, program = _leaves(_mixture("top-2", dispatch))
-    inside = mw.spmd(program, mw.Mesh("data=4, model=2"), mw.Layout(f"batch:data, {ff}"))
+    inside = mw.spmd(program, mw.Mesh("data=2, model=4"), mw.Layout(rules))
     with pytest.raises(ValueError, match="both split over the axis 'data'"):
         inside(*_inputs(), *leaves)
 

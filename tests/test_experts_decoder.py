@@ -18,7 +18,7 @@ from meshwright.plan.hlo import compiled_collectives
 from meshwright.train import Program, Recipe
 from meshwright.train.data import Batch
 from meshwright.train.optimizer import OptimizerConfig, make_optimizer
-from meshwright.train.step import Place, State, loss, objective, train_step
+from meshwright.train.step import Place, State, loss, model_maker, objective, train_step
 
 from .laws import assert_same
 from .test_cli import TINY, losses
@@ -53,6 +53,16 @@ def _batch() -> Batch:
     positions = np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16))
     arrays = (tokens[:, :-1], tokens[:, 1:], np.zeros((8, 16), np.int32), positions)
     return Batch(*(mw.Tensor(a, "batch length") for a in arrays))
+
+
+def test_a_model_is_made_split_where_only_experts_have_a_width() -> None:
+    """A device makes its slice of each expert, not the whole of it: the rule for ``ff`` holds while a model is made."""
+    place = _place("data=4,model=2", "batch:data, ff:model", {})
+    config = dataclasses.replace(CONFIG, experts=dataclasses.replace(EXPERTS, shared_ff=0))
+    made = jax.jit(model_maker(config, place))(jax.random.key(0))
+    gate = made.blocks.mlp.experts.gate
+    assert gate.names == ("layers", "experts", "embed", "expert_ff")
+    assert gate.array.sharding.shard_shape(gate.shape) == (*gate.shape[:-1], gate.shape[-1] // 2)
 
 
 @functools.cache

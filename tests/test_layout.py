@@ -475,6 +475,13 @@ def test_the_width_of_experts_inherits_that_of_feed_forward_layers() -> None:
     held = layout.explain(mw.zeros(width).astype("float32"), mesh, "parameter")
     assert held.notes == ()
     assert layout.unused(["experts", "expert_ff"]) == [] != layout.unused(["experts"])
+    apart = Layout("expert_ff:model", params="ff:data")
+    assert apart.unused(["experts", "expert_ff"]) == []
+    both = Layout(params="ff:data, expert_ff:model")
+    assert "rule at rest for 'ff' splits nothing" in both.explain(mw.zeros(width), mesh, "parameter").notes[0]
+    assert Layout("batch:data, experts:model, ff:model").for_dims({"expert_ff"}).rules == {
+        "experts": ("model",), "ff": ("model",),
+    }  # fmt: skip
     own = Layout("ff:model, expert_ff:data")
     assert "'ff' was not used" in own.unused(["expert_ff"])[0]
 

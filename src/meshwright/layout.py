@@ -265,6 +265,12 @@ class Layout:
         """What names inherit where no rule speaks of them: what holds for this package's models, and ``like=``."""
         return {**_LIKE, **dict(self.like)}
 
+    def for_dims(self, names: Collection[str]) -> "Layout":
+        """The same, less the compute rules that say nothing of these names."""
+        kept = with_bases(names, self.rules, self.inherited)
+        kept |= {other for name in kept if name in self.inherited for other in self.inherited[name].less}
+        return self.replace(rules=[(name, axes) for name, axes in self.pairs if name in kept])
+
     def names(self) -> tuple[str, ...]:
         """Every dim name that a rule of this layout speaks of."""
         every = (*self.pairs, *self.params.pairs, *self.optimizer.pairs)
@@ -272,7 +278,8 @@ class Layout:
 
     def unused(self, met: Collection[str]) -> list[str]:
         """What of this layout is of no use to a region that met dims of these names: a mistake more often than not."""
-        used = with_bases(met, self.rules, self.inherited)
+        sets = map(dict, (self.pairs, self.params.pairs, self.optimizer.pairs))
+        used = {*met, *(name for rules in sets for name in with_bases(met, rules, self.inherited) if name in rules)}
         inherited = dict(self.like)
         asked = [(f"the rule for {name!r}", name) for name in self.names()]
         asked += [(f"like= for {name!r}", name) for name in inherited]
@@ -388,10 +395,13 @@ class Layout:
             return scope.split(these, asked), self.at_rest(scope, these, role or own, asked)
 
         rules = {PARAMETER: self.params, OPTIMIZER: self.optimizer}
-        like = self.inherited
-        lying = {name: {n for n in (name, *like) if name in with_bases([n], (), like)} for name in self.names()}
-        named = {which: {name: lying[name] for name, _ in rest.pairs} for which, rest in rules.items()}
+        named = {which: self._lying_by(rest) for which, rest in rules.items()}
         return explain(tree, mesh, place, repr(self), role, named)
+
+    def _lying_by(self, rest: AtRest) -> dict[str, set[str]]:
+        """For each name that a rule at rest speaks of, those that lie by it."""
+        rules, like = dict(rest.pairs), self.inherited
+        return {name: {n for n in (name, *like) if name in with_bases([n], rules, like)} for name in rules}
 
     def __repr__(self) -> str:
         options = self._options()

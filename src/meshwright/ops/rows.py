@@ -74,12 +74,7 @@ class Rows:
         assert experts == self.way.experts and (summed,) == self.dims and summed.name == over
         want = self.way.want | wanted(asked, weight.dims)
         for d in (summed, out):
-            if both := set(all_axes((d,))).intersection(all_axes(self.way.tokens)):
-                raise fail(
-                    f"{asked}: the rows of tokens ({show(self.way.tokens)}) and the dim {d.name!r} of the experts' "
-                    f"({show(weight.dims)}) are both split over the axis {min(both)!r}.\n"
-                    f"  One axis splits at most one of the two. Give {d.name!r} another axis."
-                )
+            _check_apart(d, self.way.chosen, f"{asked}: of weights ({show(weight.dims)})")
         rows, sizes = self._tensor().local(want), collectives.vary(self.sizes, want)
 
         def product(matrices: Any) -> Any:
@@ -196,6 +191,7 @@ def to_rows(x: Tensor, experts: Tensor, among: Dim, bound: float | None = None) 
     num_choices = local_sizes((choices,), ASKED)[0]
     row = without(x.dims, names_of(tokens))
     _check(x, experts, row)
+    _check_apart(row[0], (among, choices), f"{ASKED}: of x ({show(x.dims)})")
     places = wanted(ASKED, experts.dims) | wanted(ASKED, (among,))
     want = places | wanted(ASKED, x.dims)
     values = align(x.local(want), x.dims, tokens + row)
@@ -251,6 +247,15 @@ def _check(x: Tensor, experts: Tensor, row: Dims) -> None:
         raise fail(
             f"{ASKED}: the layout {scope.where} splits {ROWS!r} over {' x '.join(map(repr, axes))}. How many rows a "
             f"device has depends on where the experts are, which their own name says: leave {ROWS!r} out."
+        )
+
+
+def _check_apart(d: Dim, others: Dims, asked: str) -> None:
+    """Devices along the axes that split ``others`` have other rows, of which ``d`` must not be split over them."""
+    if both := set(all_axes((d,))).intersection(all_axes(others)):
+        raise fail(
+            f"{asked} the dim {d.name!r} and rows ({show(others)}) are both split over the axis {min(both)!r}.\n"
+            f"  One axis splits at most one of the two. Give {d.name!r} another axis."
         )
 
 

@@ -48,8 +48,7 @@ class Place:
 
     def for_dims(self, names: set[str]) -> "Place":
         """The same place, less the rules for dims that a program does not have: making a model meets no batch."""
-        rules = [(name, axes) for name, axes in self.layout.pairs if name in names]
-        return Place(self.mesh, self.layout.replace(rules=rules), self.partitioner)
+        return Place(self.mesh, self.layout.for_dims(names), self.partitioner)
 
 
 class State(NamedTuple):
