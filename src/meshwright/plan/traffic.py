@@ -104,7 +104,7 @@ def sent_by_busiest(rows: Sequence[Collective]) -> tuple[Collective, ...]:
 
 def is_collective(op: Op) -> bool:
     """Whether an operation sends anything."""
-    return any(True for _ in rows_of(op))
+    return next(rows_of(op), None) is not None
 
 
 def rows_of(op: Op, runs: Runs = (1,), sure: bool = True) -> Iterator[Collective]:
